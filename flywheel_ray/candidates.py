@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from flywheel_ray.values import Value, content_hash
 
@@ -129,7 +129,27 @@ class Candidate(Value):
         return sent, [dict(t) for t in tools]
 
 
-class ZeroShotSpace(Value):
+class Space(Value):
+    """A grid over an adaptation's parameters; every point is checked when the space is read, before anything runs."""
+
+    def expand(self) -> Iterator[Any]:
+        """Every point of the grid."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _check_every_point(self) -> Self:
+        if empty := [name for name in type(self).model_fields if getattr(self, name) == ()]:
+            raise ValueError(f"{empty[0]}: an empty list leaves no candidate")
+        try:
+            list(self.expand())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = first["loc"][0] if first["loc"] else "point"
+            raise ValueError(f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]} (is {first['input']!r})") from None
+        return self
+
+
+class ZeroShotSpace(Space):
     """One candidate a model."""
 
     type: Literal["zero_shot"] = "zero_shot"
@@ -138,7 +158,7 @@ class ZeroShotSpace(Value):
         yield ZeroShot()
 
 
-class InContextSpace(Value):
+class InContextSpace(Space):
     """The grid of in-context settings; a scalar in YAML means a list of one."""
 
     type: Literal["in_context"] = "in_context"
@@ -151,7 +171,7 @@ class InContextSpace(Value):
             yield InContext(shots=shots, max_shot_tokens=budget, seed=seed)
 
 
-class LoraSpace(Value):
+class LoraSpace(Space):
     """The grid of LoRA settings: every combination of the listed values."""
 
     type: Literal["lora"] = "lora"

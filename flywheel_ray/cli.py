@@ -1,0 +1,560 @@
+"""`flywheel …`: the commands that turn logs into a dataset, a leaderboard, a live rollout and a report.
+
+    flywheel ingest logs.jsonl && flywheel sweep configs/sweeps/demo.yaml && flywheel leaderboard
+    flywheel serve configs/rollouts/demo.yaml    # then point an OpenAI client at http://127.0.0.1:8000/v1
+    flywheel rollout report configs/rollouts/demo.yaml && flywheel report
+
+Every error raised on purpose ends in one clear line and exit code 1; wrong usage exits with 2, Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flywheel_ray import __version__
+from flywheel_ray.config import Places, SweepConfig, load, parse
+from flywheel_ray.datasets import Dataset, SplitPolicy, build
+from flywheel_ray.datasets import load as load_dataset
+from flywheel_ray.errors import ConfigError, DatasetError, FlywheelError, LedgerError
+from flywheel_ray.leaderboard import Leaderboard, Row, leaderboard
+from flywheel_ray.ledger import Ledger
+from flywheel_ray.progress import SweepProgress
+from flywheel_ray.records import TEACHER, Record
+from flywheel_ray.results import Failed, Scored
+from flywheel_ray.rollout import Arm, Rollout, RolloutReport, StudentTarget, decide
+from flywheel_ray.rollout import report as rollout_report
+from flywheel_ray.services import Generation, LogQuery, LogStore
+from flywheel_ray.stats import Interval
+from flywheel_ray.stores import open_store
+from flywheel_ray.stores.ingest import IngestSummary, ingest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Turn a teacher model's production logs into a small student that can replace it, and prove it live.",
+)
+dataset_app = typer.Typer(no_args_is_help=True, help="Build and look at datasets.")
+rollout_app = typer.Typer(no_args_is_help=True, help="Look at live comparisons.")
+app.add_typer(dataset_app, name="dataset")
+app.add_typer(rollout_app, name="rollout")
+
+out = Console()
+err = Console(stderr=True)
+
+RunsOption = Annotated[
+    Path,
+    typer.Option("--runs", envvar="FLYWHEEL_RUNS", help="Folder of datasets, ledger and adapters."),
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="FLYWHEEL_STORE",
+        help="Log store: a SQLite file, or http(s)://host:port/index for Elasticsearch. Default: RUNS/logs.sqlite.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+FingerprintOption = Annotated[
+    str | None,
+    typer.Option("--dataset", help="Fingerprint (or its beginning) of the dataset. Default: the latest one swept."),
+]
+RUNS = Path("runs")
+
+
+def _places(runs: Path, store: str | None) -> Places:
+    runs = runs.absolute()
+    return Places(runs=runs, store=store or str(runs / "logs.sqlite"))
+
+
+@contextmanager
+def _store(places: Places, create: bool = False) -> Iterator[LogStore]:
+    if create and "://" not in places.store:
+        Path(places.store).parent.mkdir(parents=True, exist_ok=True)
+    store = open_store(places.store, create=create)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@app.command("ingest")
+def ingest_command(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE.jsonl…", help="Log files, one exchange a line; - is stdin.")
+    ],
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+    rejects: Annotated[
+        Path | None,
+        typer.Option(help="Where rejected lines go, with line number and reason. Default: RUNS/rejects.jsonl."),
+    ] = None,
+) -> None:
+    """Read prompt/response logs into the log store.
+
+    Running it again adds nothing twice. Lines that are no record are kept in the rejects file; where there are any, the
+    command ends with exit code 1 after storing all the good ones.
+    """
+    places = _places(runs, store)
+    rejects = rejects or places.runs / "rejects.jsonl"
+    for name in files:
+        if name != "-" and not Path(name).is_file():
+            raise ConfigError(f"{name}: no such file; nothing was ingested")
+    rejected = 0
+    with _store(places, create=True) as log_store:
+        for name in files:
+            summary = _ingest_one(name, log_store, rejects)
+            rejected += summary.rejected
+            err.print(
+                f"{name}: {summary.lines:,} lines, {summary.added:,} new records, "
+                f"{summary.duplicates:,} already there, {summary.rejected:,} rejected",
+                highlight=False,
+            )
+            for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1])[:5]:
+                err.print(f"  {count:,} × {reason}", highlight=False, markup=False)
+    if rejected:
+        raise DatasetError(
+            f"{rejected:,} lines were rejected; each stands in {rejects} with its line number and reason"
+        )
+
+
+def _ingest_one(name: str, store: LogStore, rejects: Path) -> IngestSummary:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar, _lines(name) as lines:
+        task = bar.add_task(f"{name}: starting")
+
+        def show(summary: IngestSummary) -> None:
+            bar.update(task, description=f"{name}: {summary.lines:,} lines, {summary.rejected:,} rejected")
+
+        return ingest(lines, name, store, rejects, on_progress=show)
+
+
+@contextmanager
+def _lines(name: str) -> Iterator[IO[bytes]]:
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    with open(name, "rb") as source:
+        yield source
+
+
+@app.command()
+def workloads(store: StoreOption = None, runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
+    """List the workloads in the log store."""
+    with _store(_places(runs, store)) as log_store:
+        found = log_store.workloads()
+    if as_json:
+        _print_json([{"client_id": c, "workload_id": w, "records": n} for c, w, n in found])
+        return
+    table = Table("client", "workload", "records", title_justify="left")
+    for client, workload, count in found:
+        table.add_row(client, workload, f"{count:,}")
+    out.print(table)
+
+
+@dataset_app.command("build")
+def dataset_build(
+    client: Annotated[str, typer.Option(help="client_id of the records.")],
+    workload: Annotated[str, typer.Option(help="workload_id of the records.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Parent folder. Default: RUNS/datasets.")] = None,
+    eval_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share held out for evaluation.")] = 0.2,
+    validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share for validation loss.")] = 0.1,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Build a deduplicated, split dataset from a workload's teacher-served records.
+
+    Prints the folder, which is named by the dataset's fingerprint.
+    """
+    places = _places(runs, store)
+    try:
+        policy = SplitPolicy(eval_fraction=eval_fraction, validation_fraction=validation_fraction)
+    except ValueError as error:
+        raise ConfigError(f"--eval-fraction, --validation-fraction: {_first_reason(error)}") from None
+    dataset = _build(places, client, workload, policy)
+    folder = dataset.save(out_dir or places.datasets)
+    _show_dataset(dataset)
+    print(folder)
+
+
+@dataset_app.command("show")
+def dataset_show(
+    folder: Annotated[Path, typer.Argument(help="A dataset folder.")], as_json: JsonOption = False
+) -> None:
+    """Show a dataset's counts and what was left out, and why."""
+    dataset = load_dataset(folder)
+    if as_json:
+        _print_json(dataset.manifest.model_dump(mode="json"))
+    else:
+        _show_dataset(dataset)
+
+
+def _first_reason(error: ValueError) -> str:
+    return str(error).splitlines()[0]
+
+
+def _build(places: Places, client: str, workload: str, policy: SplitPolicy) -> Dataset:
+    with _store(places) as log_store:
+        query = LogQuery(client_id=client, workload_id=workload)
+        total = log_store.count(query)
+        if total == 0:
+            known = ", ".join(f"{c}/{w}" for c, w, _ in log_store.workloads()) or "none"
+            raise DatasetError(f"no records of client {client!r}, workload {workload!r}; the store has: {known}")
+        columns = (TextColumn("dataset"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=err, transient=True) as bar:
+            records: Iterator[Record] = iter(bar.track(log_store.scan(query), total=total))
+            return build(records, policy, client_id=client, workload_id=workload)
+
+
+def _show_dataset(dataset: Dataset) -> None:
+    manifest = dataset.manifest
+    err.print(
+        f"dataset {dataset.fingerprint}: {len(dataset.train)} train, {len(dataset.validation)} validation, "
+        f"{len(dataset.eval)} eval",
+        highlight=False,
+    )
+    for reason, count in manifest.excluded.items():
+        err.print(f"  left out {count:,}: {reason}", highlight=False, markup=False)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep configuration.")],
+    dataset: Annotated[Path | None, typer.Option(help="A built dataset folder. Default: build from the store.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials and stop.")] = False,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Run every candidate of a search space as a Ray Tune trial.
+
+    Finished trials are kept in the ledger and are not run again, so that a sweep that was stopped or killed goes on
+    where it was. Joins the Ray cluster of RAY_ADDRESS where that is set, otherwise starts Ray on this machine.
+    """
+    run_sweep_command(config, dataset, _places(runs, store), dry_run)
+
+
+def run_sweep_command(config_path: Path, dataset_folder: Path | None, places: Places, dry_run: bool = False) -> None:
+    """What `flywheel sweep` does; `experiments/sweep.py` does the same as a Ray job."""
+    from flywheel_ray.candidates import candidates_of
+    from flywheel_ray.sweep import run_sweep, settings_of
+    from flywheel_ray.trial import trial_key
+
+    config = load(config_path, SweepConfig)
+    if dataset_folder is not None:
+        dataset = load_dataset(dataset_folder)
+    else:
+        dataset = _build(places, config.workload.client_id, config.workload.workload_id, config.split)
+    _show_dataset(dataset)
+    if not dataset.eval:
+        raise DatasetError(f"dataset {dataset.fingerprint} has no evaluation records; raise split.eval_fraction")
+    if dry_run:
+        settings, ledger = settings_of(config), Ledger(places.ledger)
+        for candidate in candidates_of(config.search):
+            key = trial_key(candidate, dataset, settings)
+            done = isinstance(ledger.get(dataset.fingerprint, key), Scored)
+            out.print(f"{key}  {'done   ' if done else 'to run '}  {candidate.label}", highlight=False)
+        return
+    outcome = run_sweep(config, dataset, places, SweepProgress(err))
+    failed = sum(isinstance(r, Failed) for r in outcome.results)
+    err.print(
+        f"{len(outcome.results)} trials in {outcome.wall_s:.0f} s: {len(outcome.results) - failed} scored "
+        f"({outcome.reused} of them before), {failed} failed",
+        highlight=False,
+    )
+    _print_board(_board(places, dataset.fingerprint))
+    if failed == len(outcome.results):
+        raise LedgerError(f"every trial failed; first: {_failure(outcome.results)}")
+
+
+def _failure(results: Sequence[Scored | Failed]) -> str:
+    first = next(r for r in results if isinstance(r, Failed))
+    return f"{first.candidate.label}, {first.stage}: {first.error}"
+
+
+def _fingerprint(ledger: Ledger, prefix: str | None) -> str:
+    known = ledger.fingerprints()
+    if not known:
+        raise LedgerError(f"ledger {ledger.url} has no results; run `flywheel sweep configs/sweeps/….yaml` first")
+    if prefix is None:
+        return known[-1]
+    found = [name for name in known if name.startswith(prefix)]
+    if len(found) != 1:
+        raise LedgerError(
+            f"{len(found)} datasets in ledger {ledger.url} start with {prefix!r}; it has {', '.join(known)}"
+        )
+    return found[0]
+
+
+def _results(ledger: Ledger, fingerprint: str) -> list[Scored | Failed]:
+    """The trials of the latest sweep on a dataset."""
+    sweep = ledger.sweep(fingerprint)
+    keys = sweep["keys"] if sweep else None
+    return [r for r in ledger.results(fingerprint) if keys is None or r.key in keys]
+
+
+def _board(places: Places, prefix: str | None) -> Leaderboard:
+    ledger = Ledger(places.ledger)
+    fingerprint = _fingerprint(ledger, prefix)
+    sweep = ledger.sweep(fingerprint)
+    results = _results(ledger, fingerprint)
+    evaluation = load_dataset(places.datasets / fingerprint).eval
+    if sweep is None:
+        return leaderboard(results, evaluation)
+    config = parse(sweep["config"], SweepConfig, f"{ledger.url}/{fingerprint}/sweep.json")
+    how = config.leaderboard
+    return leaderboard(
+        results,
+        evaluation[: config.max_eval_records],
+        metric=how.metric,
+        prices=config.prices,
+        margin=how.margin,
+        confidence=how.confidence,
+    )
+
+
+@app.command("leaderboard")
+def leaderboard_command(
+    fingerprint: FingerprintOption = None,
+    runs: RunsOption = RUNS,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank the trials of a sweep against the teacher, with 95% intervals, latency, tokens and cost."""
+    board = _board(_places(runs, store), fingerprint)
+    if as_json:
+        _print_json(board.model_dump(mode="json"))
+    else:
+        _print_board(board)
+
+
+def _print_board(board: Leaderboard) -> None:
+    # Below some width a table folds every cell; a log file has no width of its own.
+    console = out if out.is_terminal else Console(width=170)
+    table = Table(title=f"dataset {board.fingerprint}, ranked by {board.metric}", title_justify="left")
+    metrics = list(board.teacher.scores)
+    for column in ("candidate", "evaluation"):
+        table.add_column(column)
+    for column in (*metrics, "n", "unscored", "p50 s", "p95 s", "tokens in/out", "$ per 1,000", "key"):
+        table.add_column(column, justify="right")
+    for row in (board.teacher, *board.rows):
+        table.add_row(*_cells(row, metrics), style="dim" if row.key == TEACHER else None)
+    console.print(table)
+    for failed in board.failed:
+        console.print(f"[red]failed[/] {failed.candidate.label} at {failed.stage}: {failed.error}", highlight=False)
+    console.print(f"{board.verdict}\njudge: {board.judge or 'none'}", highlight=False, markup=False)
+
+
+def _cells(row: Row, metrics: Sequence[str]) -> list[str]:
+    cost = row.cost
+    tokens = "" if cost.prompt_tokens is None else f"{cost.prompt_tokens:.0f}/{cost.completion_tokens or 0:.0f}"
+    return [
+        row.label + (" *" if row.pareto else ""),
+        row.evaluation,
+        *(_interval(row.scores[m], reference=row.key == TEACHER) for m in metrics),
+        str(row.quality.n) if row.quality else "0",
+        str(max(row.unscored.values(), default=0)),
+        *("" if v is None else f"{v:.2f}" for v in (cost.latency_p50_s, cost.latency_p95_s)),
+        tokens,
+        "" if cost.usd_per_1000 is None else f"{cost.usd_per_1000:.4f}",
+        row.key,
+    ]
+
+
+def _interval(interval: Interval | None, reference: bool = False) -> str:
+    if interval is None:
+        return "unscored"
+    if reference:
+        return "1 (reference)"
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(metavar="ROLLOUT.yaml", help="A rollout configuration.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Start the gateway: an OpenAI-compatible endpoint before the teacher, with shadows and A/B arms beside it.
+
+    Students named `best` or by a trial's key are taken from the ledger. Ctrl-C stops it after writing the last logs.
+    """
+    places = _places(runs, store)
+    rollout = load(config, Rollout)
+    students = {arm.name: spec for arm in rollout.arms if (spec := _student(arm, places)) is not None}
+    with _store(places, create=True):
+        pass  # a store that cannot be opened is said here, before anything starts
+    gateway = importlib.import_module("serve.gateway")
+    gateway.run(rollout, places.store, host=host, port=port, students=students)
+
+
+def _student(arm: Arm, places: Places) -> Any:
+    """What the serving deployment of a student arm needs, from the ledger; None for an arm that is a URL."""
+    if not isinstance(arm.target, StudentTarget):
+        return None
+    target = arm.target
+    ledger = Ledger(target.ledger or places.ledger)
+    if target.trial == "best":
+        board = _board(places, None)
+        if not board.rows:
+            raise LedgerError(f"arm {arm.name!r}: ledger {ledger.url} has no scored trial to serve")
+        trial = ledger.find(board.winner or board.rows[0].key)
+    else:
+        trial = ledger.find(target.trial)
+    spec = importlib.import_module("serve.student").StudentSpec
+    return spec(
+        candidate=trial.candidate,
+        adapter=trial.training.adapter if trial.training else None,
+        shots=trial.shots,
+        platform_root=places.platform,
+        generation=Generation(max_tokens=target.max_tokens),
+    )
+
+
+@rollout_app.command("report")
+def rollout_report_command(
+    config: Annotated[Path, typer.Argument(metavar="ROLLOUT.yaml", help="The rollout configuration.")],
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the arms with the teacher on paired requests, and say what the evidence allows."""
+    rollout = load(config, Rollout)
+    found = _rollout_report(_places(runs, store), rollout)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+        return
+    _print_rollout(rollout, found)
+
+
+def _rollout_records(places: Places, rollout: Rollout) -> list[Record]:
+    with _store(places) as log_store:
+        return list(log_store.scan(LogQuery(rollout=rollout.name)))
+
+
+def _rollout_report(places: Places, rollout: Rollout) -> RolloutReport:
+    records = _rollout_records(places, rollout)
+    if not records:
+        raise LedgerError(
+            f"the store has no exchange of rollout {rollout.name!r}; start it with `flywheel serve` and send requests"
+        )
+    return rollout_report(rollout, records)
+
+
+def _print_rollout(rollout: Rollout, found: RolloutReport) -> None:
+    errors = f", {sum(found.teacher_errors.values())} of them failed" if found.teacher_errors else ""
+    out.print(
+        f"rollout {rollout.name}: {found.exchanges} exchanges, {found.teacher_requests} asked of the teacher{errors}",
+        highlight=False,
+    )
+    for arm in found.arms:
+        table = Table(title=f"arm {arm.arm}", title_justify="left", show_header=False)
+        table.add_row(
+            "shadow copies", f"{arm.copies}: {arm.answered} answered{_counts(arm.failures)}{_counts(arm.drops)}"
+        )
+        if arm.live_requests or rollout.arm(arm.arm).weight:
+            table.add_row("live requests", f"{arm.live_requests}{_counts(arm.live_failures)}")
+        table.add_row("pairs", f"{arm.pairs} ({arm.unscored} not scorable by {rollout.gates.metric})")
+        for metric, found_metric in arm.agreement.items():
+            always = found_metric.sequence
+            table.add_row(
+                metric,
+                f"{_interval(found_metric.interval)}, at any time [{always.low:.3f}, {always.high:.3f}], n {always.n}",
+            )
+        if arm.latency:
+            speed = arm.latency
+            table.add_row(
+                "latency p50 / p95",
+                f"{speed.arm_p50_s:.2f} / {speed.arm_p95_s:.2f} s, "
+                f"teacher {speed.teacher_p50_s:.2f} / {speed.teacher_p95_s:.2f} s",
+            )
+        if arm.tokens:
+            table.add_row("completion tokens", f"{arm.tokens.arm:.0f}, teacher {arm.tokens.teacher:.0f}")
+        decision = decide(arm, rollout.gates)
+        table.add_row("decision", f"[bold]{decision.action}[/]: {decision.reason}")
+        out.print(table)
+    if found.sample_ratio_p_value is not None:
+        shown = ", ".join(f"{name} {count}" for name, count in found.units.items())
+        out.print(f"units: {shown}; sample ratio p-value {found.sample_ratio_p_value:.3g}", highlight=False)
+
+
+def _counts(causes: dict[str, int]) -> str:
+    return "".join(f", {count} {cause}" for cause, count in sorted(causes.items()))
+
+
+@app.command()
+def report(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUNS/report.html.")] = None,
+    rollout_config: Annotated[
+        Path | None, typer.Option("--rollout", metavar="ROLLOUT.yaml", help="Also show this rollout's live pairs.")
+    ] = None,
+    fingerprint: FingerprintOption = None,
+    store: StoreOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Write one self-contained HTML page: decision card, leaderboard, plots, live pairs, disagreements."""
+    from flywheel_ray.analysis import shadow_frame, write_report
+
+    places = _places(runs, store)
+    board = _board(places, fingerprint)
+    dataset = load_dataset(places.datasets / board.fingerprint)
+    live, shadow = None, None
+    if rollout_config is not None:
+        rollout = load(rollout_config, Rollout)
+        live = _rollout_report(places, rollout)
+        shadow = shadow_frame(_rollout_records(places, rollout))
+    results = _results(Ledger(places.ledger), board.fingerprint)
+    path = write_report(
+        output or places.runs / "report.html", board, results, dataset, rollout_report=live, shadow=shadow
+    )
+    print(path)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `flywheel` command."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except FlywheelError as error:
+        err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("stopped", highlight=False)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The YAML files: one schema for each `type:`, one `load()`, and errors that name the file, the key and the remedy.
+
+    config = load("configs/sweeps/demo.yaml", SweepConfig)
+    # ConfigError: configs/sweeps/demo.yaml: search.modles: unknown key, did you mean 'models'?
+
+Unknown keys fail. Secrets never stand in a file: a file names the environment variable that holds one. Where things
+are kept is not configuration but a place on this machine, so it comes from the command line (`Places`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from flywheel_ray.candidates import SearchSpace
+from flywheel_ray.datasets import SplitPolicy
+from flywheel_ray.errors import ConfigError
+from flywheel_ray.leaderboard import LeaderboardSettings
+from flywheel_ray.results import Price
+from flywheel_ray.services import Generation
+from flywheel_ray.values import Value
+
+Config = TypeVar("Config", bound=Value)
+
+
+class Places(Value):
+    """Where this machine keeps what the flywheel makes; everything but the logs lies under `runs`."""
+
+    runs: Path
+    store: str
+
+    @property
+    def ledger(self) -> Path:
+        """Results of trials."""
+        return self.runs / "ledger"
+
+    @property
+    def datasets(self) -> Path:
+        """Dataset folders, by fingerprint."""
+        return self.runs / "datasets"
+
+    @property
+    def platform(self) -> Path:
+        """State of the local platform: its datasets, jobs and adapters."""
+        return self.runs / "platform"
+
+
+class WorkloadName(Value):
+    """Whose traffic: the two tags every record carries."""
+
+    client_id: str = Field(min_length=1)
+    workload_id: str = Field(min_length=1)
+
+
+class LocalPlatformConfig(Value):
+    """Fine-tune and answer in the processes of this Ray cluster."""
+
+    type: Literal["local"] = "local"
+    device: str | None = None
+    """A torch device such as "cuda"; None takes a GPU where the trial was given one, else the CPU."""
+
+
+class RubricJudgeConfig(Value):
+    """Judge by offline rules; the leaderboard says that it is no LLM."""
+
+    type: Literal["rubric"] = "rubric"
+
+
+class LlmJudgeConfig(Value):
+    """Judge by a model behind an OpenAI-compatible endpoint."""
+
+    type: Literal["llm"] = "llm"
+    url: str
+    model: str
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key."""
+    timeout_s: float = Field(default=60, gt=0)
+    concurrency: int = Field(default=8, ge=1)
+
+
+JudgeConfig = Annotated[RubricJudgeConfig | LlmJudgeConfig, Field(discriminator="type")]
+
+
+class TrialResources(Value):
+    """What Ray reserves for each trial; GPUs may be fractions."""
+
+    cpus: float = Field(default=1, gt=0)
+    gpus: float = Field(default=0, ge=0)
+
+
+class SweepConfig(Value):
+    """A sweep: whose traffic, which candidates, what each trial may use, and how the leaderboard ranks them."""
+
+    type: Literal["sweep"]
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    workload: WorkloadName
+    split: SplitPolicy = SplitPolicy()
+    search: SearchSpace
+    platform: LocalPlatformConfig = LocalPlatformConfig()
+    judge: JudgeConfig = RubricJudgeConfig()
+    generation: Generation = Generation()
+    max_eval_records: int | None = Field(default=None, ge=1)
+    resources: TrialResources = TrialResources()
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Trials at a time; None lets the resources decide."""
+    leaderboard: LeaderboardSettings = LeaderboardSettings()
+    prices: dict[str, Price] = Field(default_factory=dict)
+    """Price by model name; "teacher" is the model in production."""
+
+
+def load(path: str | Path, kind: type[Config]) -> Config:
+    """Read a YAML file as one kind of configuration.
+
+    Raises:
+        ConfigError: one line for each thing wrong: the file, the key or line, and what is expected.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{path}: line {line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds {type(data).__name__}, not a mapping of keys")
+    return parse(data, kind, str(path))
+
+
+def parse(data: Any, kind: type[Config], where: str) -> Config:
+    """Read plain data (a parsed YAML file) as one kind of configuration; errors as `load`."""
+    data = _lists(data)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{where}: {_sentence(e, data, kind)}" for e in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _lists(data: Any) -> Any:
+    """In a search space a scalar is a list of one: `rank: 16` means `rank: [16]`."""
+    search = data.get("search") if isinstance(data, dict) else None
+    if not isinstance(search, dict):
+        return data
+    models = search.get("models")
+    parts = search.get("adaptations")
+    listed = dict(search)
+    if isinstance(models, str):
+        listed["models"] = [models]
+    if isinstance(parts, list):
+        listed["adaptations"] = [
+            {k: v if k == "type" or isinstance(v, list) else [v] for k, v in part.items()}
+            if isinstance(part, dict)
+            else part
+            for part in parts
+        ]
+    return {**data, "search": listed}
+
+
+def _sentence(error: Any, data: Any, kind: type[BaseModel]) -> str:
+    path = ".".join(_written_path(error["loc"], data))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _all_keys(kind), n=1)
+        return f"{path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    given = error.get("input")
+    shown = f" (is {given!r})" if isinstance(given, str | int | float | bool) else ""
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path or 'file'}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _written_path(location: tuple[Any, ...], data: Any) -> list[str]:
+    """The location as it stands in the file: pydantic adds the tag of a union, which nobody wrote as a key."""
+    path = []
+    for part in location:
+        if isinstance(data, dict) and part not in data and data.get("type") == part:
+            continue
+        path.append(str(part))
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            data = None
+    return path
+
+
+def _all_keys(kind: type[BaseModel]) -> list[str]:
+    """Every key that stands anywhere in a configuration of this kind."""
+    keys: dict[str, None] = {}
+    seen: set[type[BaseModel]] = set()
+
+    def visit(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if annotation in seen:
+                return
+            seen.add(annotation)
+            for name, field in annotation.model_fields.items():
+                keys[name] = None
+                visit(field.annotation)
+            return
+        for argument in typing.get_args(annotation):
+            visit(argument)
+
+    visit(kind)
+    return list(keys)

@@ -1,0 +1,198 @@
+"""A sweep runs every candidate as a Ray Tune trial and keeps each result in the ledger the moment it is there.
+
+    outcome = run_sweep(config, dataset, places)      # connects to RAY_ADDRESS or starts Ray here
+    outcome.results                                   # [Scored(…), Failed(…), …], finished ones taken from the ledger
+
+Tune places each trial with the CPUs and GPUs the configuration asks for and reuses its processes, so that a base model
+is loaded once. What is finished is known from the ledger and not from Tune's state: a killed sweep that is run again
+skips finished trials, whoever ran them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flywheel_ray import __version__
+from flywheel_ray.candidates import Candidate, candidates_of
+from flywheel_ray.config import LlmJudgeConfig, Places, SweepConfig
+from flywheel_ray.datasets import Dataset, load
+from flywheel_ray.errors import FlywheelError
+from flywheel_ray.judge import LlmJudge, Messages, RubricJudge
+from flywheel_ray.ledger import Ledger
+from flywheel_ray.progress import Progressed, Quiet, progress_callback
+from flywheel_ray.records import Completion
+from flywheel_ray.results import Failed, Scored
+from flywheel_ray.services import ChatPrompt, Judge, Platform, Services
+from flywheel_ray.trial import TrialSettings, run_trial, trial_key
+from flywheel_ray.values import Value
+
+
+class SweepOutcome(Value):
+    """What a sweep ended as: a result for every candidate, and how many of them had been finished before."""
+
+    results: tuple[Scored | Failed, ...]
+    reused: int
+    wall_s: float
+
+
+def judge_of(config: SweepConfig) -> Judge:
+    """The judge that the configuration names; connects to nothing until it is asked."""
+    if not isinstance(config.judge, LlmJudgeConfig):
+        return RubricJudge()
+    from flywheel_ray.chat import HttpChat
+
+    settings = config.judge
+    chat = HttpChat(
+        settings.url,
+        settings.model,
+        api_key_env=settings.api_key_env,
+        timeout_s=settings.timeout_s,
+        concurrency=settings.concurrency,
+    )
+
+    def ask(conversations: Sequence[Messages]) -> list[str | None]:
+        replies = chat.complete([ChatPrompt(messages=tuple(messages)) for messages in conversations])
+        return [reply.text if isinstance(reply, Completion) else None for reply in replies]
+
+    return LlmJudge(ask, name=settings.model)
+
+
+def platform_of(config: SweepConfig, places: Places) -> Platform:
+    """The platform that the configuration names."""
+    from flywheel_ray.platforms.local import LocalPlatform
+
+    return LocalPlatform(places.platform, threads=max(1, int(config.resources.cpus)), device=config.platform.device)
+
+
+def settings_of(config: SweepConfig) -> TrialSettings:
+    """What all trials of the sweep share."""
+    return TrialSettings(
+        generation=config.generation, max_eval_records=config.max_eval_records, judge=judge_of(config).name
+    )
+
+
+def run_sweep(config: SweepConfig, dataset: Dataset, places: Places, show: Quiet | None = None) -> SweepOutcome:
+    """Run every candidate that the ledger has no score for.
+
+    Args:
+        config: the sweep.
+        dataset: what to train on and evaluate with; its folder is put under `places.datasets` for the trials to read.
+        places: shared by all nodes of the cluster (a network folder) where there are several.
+        show: where progress goes; None is silent.
+
+    Raises:
+        FlywheelError: the ledger cannot be used, or Ray cannot be started.
+    """
+    started = time.monotonic()
+    settings = settings_of(config)
+    ledger = Ledger(places.ledger)
+    dataset.save(places.datasets)
+    candidates = {trial_key(c, dataset, settings): c for c in candidates_of(config.search)}
+    ledger.put_sweep(dataset.fingerprint, {"config": config.model_dump(mode="json"), "keys": list(candidates)})
+    finished = {key for key in candidates if isinstance(ledger.get(dataset.fingerprint, key), Scored)}
+    waiting = {key: c for key, c in candidates.items() if key not in finished}
+    show = show or Quiet()
+    show.start(config.name, candidates, finished)
+    try:
+        if waiting:
+            _tune(config, dataset, places, waiting, show)
+    finally:
+        show.stop()
+    results = []
+    for key, candidate in candidates.items():
+        result = ledger.get(dataset.fingerprint, key)
+        if result is None:
+            lost = "the trial's process ended without a result (out of memory, a lost node, or stopped)"
+            result = Failed(
+                key=key,
+                candidate=candidate,
+                fingerprint=dataset.fingerprint,
+                stage="hosting",
+                error=lost,
+                transient=True,
+            )
+        results.append(result)
+    return SweepOutcome(results=tuple(results), reused=len(finished), wall_s=time.monotonic() - started)
+
+
+def connect(places: Places) -> None:
+    """Join the cluster named by RAY_ADDRESS (as `ray job submit` sets it), or start Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # Ray's coming default; without it every start on a machine without GPUs prints a warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, configure_logging=False)
+        else:
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        raise FlywheelError(f"Ray cannot be reached or started: {str(error).splitlines()[0]}") from error
+
+
+def _tune(config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[str, Candidate], show: Quiet) -> None:
+    from ray import tune
+
+    connect(places)
+    task = _Task(config=config, places=places, fingerprint=dataset.fingerprint)
+
+    def trainable(space: dict[str, Any]) -> None:
+        task.run(Candidate.model_validate(space["candidate"]))
+
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": config.resources.cpus, "gpu": config.resources.gpus}),
+        param_space={"candidate": tune.grid_search([c.model_dump(mode="json") for c in waiting.values()])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=config.max_concurrent,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=f"{config.name}-{dataset.fingerprint}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str((places.runs / "tune").absolute()),
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[progress_callback(show)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+class _Task(Value):
+    """One trial as a worker process runs it: everything it needs, small enough to be sent."""
+
+    config: SweepConfig
+    places: Places
+    fingerprint: str
+
+    def run(self, candidate: Candidate) -> None:
+        from ray import tune
+
+        dataset = _dataset(self.places.datasets / self.fingerprint)
+        services = Services(platform=platform_of(self.config, self.places), judge=judge_of(self.config))
+        settings = settings_of(self.config)
+        key = trial_key(candidate, dataset, settings)
+        report = Progressed(key, tune.report)
+        started = time.monotonic()
+        result = run_trial(candidate, dataset, services, settings, report)
+        wall_s = time.monotonic() - started
+        lineage = {"flywheel_ray": __version__, "config": self.config.model_dump(mode="json")}
+        Ledger(self.places.ledger).put(result, wall_s=wall_s, lineage=lineage)
+        report.finish(result, self.config.leaderboard.metric)
+
+
+_loaded: dict[Path, Dataset] = {}
+
+
+def _dataset(folder: Path) -> Dataset:
+    """The dataset, read once a worker process: trials of one sweep share it."""
+    if folder not in _loaded:
+        _loaded.clear()
+        _loaded[folder] = load(folder)
+    return _loaded[folder]

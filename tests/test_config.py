@@ -1,0 +1,70 @@
+"""Every shipped YAML parses as its own type; what is misspelt fails with its path and the likely word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flywheel_ray.candidates import Lora, candidates_of
+from flywheel_ray.config import SweepConfig, load
+from flywheel_ray.errors import ConfigError
+from flywheel_ray.rollout import Rollout
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+KINDS = {"sweeps": SweepConfig, "rollouts": Rollout}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_file_is_of_its_type(path: Path) -> None:
+    load(path, KINDS[path.parent.name])
+
+
+def test_the_shipped_sweeps_have_the_candidates_their_comments_promise() -> None:
+    for name in ("demo", "banking"):
+        found = candidates_of(load(CONFIGS / "sweeps" / f"{name}.yaml", SweepConfig).search)
+        assert {c.evaluation for c in found} == {"base-eval", "icl-eval", "customized-eval"}
+        assert len(found) >= 5 and sum(isinstance(c.adaptation, Lora) for c in found) >= 3
+
+
+GOOD = (CONFIGS / "sweeps" / "demo.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("models: smollm2-135m", "modles: smollm2-135m", "search.modles: unknown key, did you mean 'models'?"),
+        ("rank: [8, 16]", "rnak: 8", "search.adaptations.2.rnak: unknown key, did you mean 'rank'?"),
+        ("type: lora", "type: lore", "search.adaptations.2"),
+        ("shots: [2, 4]", "shots: [two]", "search.adaptations.1.shots.0"),
+        (
+            "shots: [2, 4]",
+            "shots: [0]",
+            "search.adaptations.1: shots: input should be greater than or equal to 1 (is 0)",
+        ),
+        ("shots: [2, 4]", "shots: []", "search.adaptations.1: shots: an empty list leaves no candidate"),
+        ("name: demo", "", "name: missing"),
+        ("name: demo", "name: a/b", "name: "),
+        ("resources: {cpus: 1}", "resources: {cpus: 0}", "resources.cpus: input should be greater than 0 (is 0)"),
+        ("judge: {type: rubric}", "judge: {type: llm, url: u}", "judge.model: missing"),
+        ("type: sweep", "type: rollout", "type: "),
+        ("search:", "search: [", "line"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, before: str, after: str, message: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    assert before in GOOD
+    path.write_text(GOOD.replace(before, after, 1))
+    with pytest.raises(ConfigError) as raised:
+        config = load(path, SweepConfig)
+        candidates_of(config.search)
+    assert str(path) in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_what_is_no_mapping_or_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
+        load(tmp_path / "absent.yaml", SweepConfig)
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="holds list"):
+        load(tmp_path / "list.yaml", SweepConfig)
