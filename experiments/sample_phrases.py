@@ -450,3 +450,23 @@ REPORTS = {
     "reset_password": "A reset link is on its way to {email}.",
 }
 """Tool → the teacher's sentence about its arguments and result."""
+
+TICKET: list[list[str]] = [
+    ["Hello, this is {name}.", "{name} here.", "My name is {name}.", "Good day, I am {name}, a regular customer."],
+    [
+        "The {product} from order {order_id} {issue}.",
+        "I bought the {product} last month and it {issue}, see order {order_id}.",
+        "Unfortunately the {product} {issue}. The order number is {order_id}.",
+        "Three days ago I checked order {order_id}: the {product} {issue}.",
+        "I am writing about the {product}, which {issue}.",
+    ],
+    [
+        "I am quite disappointed.",
+        "It was meant as a gift.",
+        "I have photos of it.",
+        "This is not the first time.",
+        "",
+    ],
+    ["{Wish}.", "Honestly, {wish}.", "Given all that, {wish}.", "If possible, {wish}."],
+]
+"""The sentences of a support ticket: who writes, what happened, an aside, a wish."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -50,6 +51,7 @@ from experiments.sample_phrases import (
     PHRASES,
     POOLS,
     REPORTS,
+    TICKET,
     UNSURE,
 )
 
@@ -81,7 +83,8 @@ def answer(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, A
         return _text(UNSURE)
     said = _text_of(messages[at])
     if not tools:
-        return _text(_summary(said) or _first_sentence(said))
+        about = topic(said)
+        return _text(_summary(said) or (CHAT[about][0] if about else _first_sentence(said)))
     requests = understand(_with_question(messages, at), offered)
     if messages[-1]["role"] == "tool":
         done = [message for message in messages[at:] if message["role"] == "assistant"]
@@ -371,28 +374,10 @@ def _follow_up(rng: Random, messages: list[Message], request: Request) -> Exchan
     return messages, _call(Request(phrase.about, values), messages)
 
 
-_INTROS = ["Hello, this is {name}.", "{name} here.", "My name is {name}.", "Good day, I am {name}, a regular customer."]
-_STORIES = [
-    "The {product} from order {order_id} {issue}.",
-    "I bought the {product} last month and it {issue}, see order {order_id}.",
-    "Unfortunately the {product} {issue}. The order number is {order_id}.",
-    "Three days ago I checked order {order_id}: the {product} {issue}.",
-    "I am writing about the {product}, which {issue}.",
-]
-_ASIDES = [
-    "I am quite disappointed.",
-    "It was meant as a gift.",
-    "I have photos of it.",
-    "This is not the first time.",
-    "",
-]
-_WISHES = ["{Wish}.", "Honestly, {wish}.", "Given all that, {wish}.", "If possible, {wish}."]
-
-
 def _ticket(rng: Random) -> Exchange:
     said = {slot: SLOTS[slot].say(rng) for slot in ("name", "product", "order_id", "issue", "wish")}
     said["Wish"] = said["wish"][0].upper() + said["wish"][1:]
-    lines = [rng.choice(_INTROS), rng.choice(_STORIES), rng.choice(_ASIDES), rng.choice(_WISHES)]
+    lines = [rng.choice(ways) for ways in TICKET]
     text = " ".join(line.format(**said) for line in lines if line).replace("?.", "?")
     facts = {slot: SLOTS[slot].read(said[slot].replace("'", "")) for slot in SLOTS if slot in said}
     order = f" (order {facts['order_id']})" if "{order_id}" in lines[1] else ""
@@ -489,12 +474,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         json.dumps(record, ensure_ascii=False) + "\n"
         for record in generate(options.records, options.seed, options.workload, start)
     )
-    if options.out == "-":
-        sys.stdout.writelines(lines)
-        return 0
     try:
-        with Path(options.out).open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+        if options.out == "-":
+            sys.stdout.writelines(lines)
+            sys.stdout.flush()
+        else:
+            with Path(options.out).open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"cannot write {options.out}: {error.strerror}", file=sys.stderr)
         return 1

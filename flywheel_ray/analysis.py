@@ -1,4 +1,4 @@
-"""The ledger and a rollout's logs as pandas DataFrames, for a notebook; `plots` draws them and `write_report` makes the page.
+"""The ledger and a rollout's logs as pandas DataFrames, for a notebook; `plots` draws, `write_report` makes the page.
 
     ledger = Ledger("runs/ledger")
     trials_frame(ledger)[["label", "function_name_and_args_accuracy", "usd_per_1000"]]
@@ -57,15 +57,17 @@ def board_of(ledger: Ledger, dataset: Dataset) -> Leaderboard:
     """
     sweep = ledger.sweep(dataset.fingerprint) or {}
     at_most = sweep.get("config", {}).get("max_eval_records")
-    return _rank(ledger, dataset.fingerprint, _results(ledger, dataset.fingerprint, sweep.get("keys")), dataset, at_most)
+    return _rank(
+        ledger, dataset.fingerprint, _results(ledger, dataset.fingerprint, sweep.get("keys")), dataset, at_most
+    )
 
 
 def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame:
     """One row a trial, best first and failed ones last.
 
-    Columns: key, label, status ("scored" or "failed"), model, evaluation, adaptation and its parameters (`rank`, `shots`,
-    …), each metric as `m`, `m_low`, `m_high`, `m_n` and `m_unscored`, latency_p50_s, latency_p95_s, prompt_tokens,
-    completion_tokens, usd_per_1000, pareto, train_s, evaluation_s, judge, stage, error, latest_sweep, fingerprint.
+    Columns: key, label, status ("scored" or "failed"), model, evaluation, adaptation and its parameters (`rank`,
+    `shots`, …), each metric as `m`, `m_low`, `m_high`, `m_n` and `m_unscored`, latency_p50_s, latency_p95_s (s),
+    prompt_tokens, completion_tokens (means), usd_per_1000, pareto, train_s, evaluation_s, judge, stage, error, latest_sweep, fingerprint.
     Prices are those of the latest sweep on the dataset.
 
     Args:
@@ -76,7 +78,9 @@ def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
     results = {result.key: result for result in _results(ledger, fingerprint)}
     board = _rank(ledger, fingerprint, list(results.values()))
     recent = (ledger.sweep(fingerprint) or {}).get("keys", list(results))
-    rows = [_trial(results[row.key]) | _figures(row) for row in board.rows] + [_trial(failed) for failed in board.failed]
+    rows = [_trial(results[row.key]) | _figures(row) for row in board.rows] + [
+        _trial(failed) for failed in board.failed
+    ]
     for row in rows:
         row |= {"latest_sweep": row["key"] in recent, "fingerprint": fingerprint}
     metrics = [f"{name}{part}" for name in board.teacher.scores for part in ("", "_low", "_high", "_n", "_unscored")]
@@ -92,7 +96,8 @@ def outcomes_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFra
     """One row for each scored trial and evaluation example: key, label, example_id, conversation, answer, every metric
     (NaN where unscored), unscored (why), latency_s, prompt_tokens, completion_tokens.
     """
-    rows, metrics = [], {}
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, None] = {}
     for result in _results(ledger, fingerprint or latest(ledger)):
         if isinstance(result, Failed):
             continue
@@ -134,11 +139,11 @@ def losses_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
 
 
 def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row for each pair of a teacher's answer and an arm's shadow answer to one exchange, by arm, in order of arrival.
+    """One row a pair: a teacher's answer and an arm's shadow answer to one exchange, by arm, in order of arrival.
 
     Columns: exchange_id, arm, timestamp (UTC), each agreement metric (1 or 0; NaN where it does not apply),
-    teacher_latency_s, arm_latency_s, teacher_tokens, arm_tokens (of the completion), error (why the arm gave no answer),
-    prompt, teacher_answer, arm_answer. Copies that the gateway dropped make no pair; `rollout.report` counts them.
+    teacher_latency_s, arm_latency_s, teacher_tokens, arm_tokens (of the completion), error (why the arm gave no
+    answer), prompt, teacher_answer, arm_answer. Copies that the gateway dropped make no pair; `rollout.report` counts them.
     """
     rows = []
     for arm, pairs in pairs_of(records).items():
@@ -168,9 +173,8 @@ def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
 def _results(ledger: Ledger, fingerprint: str, keys: list[str] | None = None) -> list[Scored | Failed]:
     found = [r for r in ledger.results(fingerprint) if keys is None or r.key in keys]
     if not found:
-        raise LedgerError(
-            f"ledger {ledger.url} has no results on dataset {fingerprint}; it has: {', '.join(ledger.fingerprints()) or 'none'}"
-        )
+        known = ", ".join(ledger.fingerprints()) or "none"
+        raise LedgerError(f"ledger {ledger.url} has no results on dataset {fingerprint}; it has results on: {known}")
     return found
 
 

@@ -52,7 +52,7 @@ app.add_typer(dataset_app, name="dataset")
 app.add_typer(rollout_app, name="rollout")
 
 out = Console()
-err = Console(stderr=True)
+err = Console(stderr=True, soft_wrap=True)
 
 RunsOption = Annotated[
     Path,
@@ -341,35 +341,43 @@ def leaderboard_command(
 
 
 def _print_board(board: Leaderboard) -> None:
-    # Below some width a table folds every cell; a log file has no width of its own.
-    console = out if out.is_terminal else Console(width=170)
+    # A log file has no width of its own, and a table that folds its cells cannot be read there.
+    console = out if out.is_terminal else Console(width=200)
     table = Table(title=f"dataset {board.fingerprint}, ranked by {board.metric}", title_justify="left")
     metrics = list(board.teacher.scores)
+    unscored = any(any(row.unscored.values()) for row in board.rows)
     for column in ("candidate", "evaluation"):
         table.add_column(column)
-    for column in (*metrics, "n", "unscored", "p50 s", "p95 s", "tokens in/out", "$ per 1,000", "key"):
-        table.add_column(column, justify="right")
+    numbers = [*(m.replace("_accuracy", "\n_accuracy").replace("_correctness", "\n_correctness") for m in metrics), "n"]
+    numbers += ["unscored"] * unscored + ["latency s\np50 / p95", "tokens\nin / out", "$ per\n1,000", "key"]
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
     for row in (board.teacher, *board.rows):
-        table.add_row(*_cells(row, metrics), style="dim" if row.key == TEACHER else None)
+        table.add_row(*_cells(row, metrics, unscored), style="dim" if row.key == TEACHER else None)
     console.print(table)
     for failed in board.failed:
-        console.print(f"[red]failed[/] {failed.candidate.label} at {failed.stage}: {failed.error}", highlight=False)
-    console.print(f"{board.verdict}\njudge: {board.judge or 'none'}", highlight=False, markup=False)
+        console.print(
+            f"[red]failed[/] {failed.candidate.label} at {failed.stage}: {_escape(failed.error)}", highlight=False
+        )
+    console.print(
+        f"{board.verdict}\njudge: {board.judge or 'none'}; * nothing is both better and cheaper", highlight=False
+    )
 
 
-def _cells(row: Row, metrics: Sequence[str]) -> list[str]:
+def _cells(row: Row, metrics: Sequence[str], unscored: bool) -> list[str]:
     cost = row.cost
-    tokens = "" if cost.prompt_tokens is None else f"{cost.prompt_tokens:.0f}/{cost.completion_tokens or 0:.0f}"
+    latency = "" if cost.latency_p50_s is None else f"{cost.latency_p50_s:.2f} / {cost.latency_p95_s or 0:.2f}"
+    tokens = "" if cost.prompt_tokens is None else f"{cost.prompt_tokens:.0f} / {cost.completion_tokens or 0:.0f}"
     return [
         row.label + (" *" if row.pareto else ""),
         row.evaluation,
         *(_interval(row.scores[m], reference=row.key == TEACHER) for m in metrics),
         str(row.quality.n) if row.quality else "0",
-        str(max(row.unscored.values(), default=0)),
-        *("" if v is None else f"{v:.2f}" for v in (cost.latency_p50_s, cost.latency_p95_s)),
+        *[str(max(row.unscored.values(), default=0))] * unscored,
+        latency,
         tokens,
         "" if cost.usd_per_1000 is None else f"{cost.usd_per_1000:.4f}",
-        row.key,
+        "" if row.key == TEACHER else row.key[:8],
     ]
 
 

@@ -3,7 +3,7 @@
     figure = quality(board)                      # a dot and its interval for each candidate, against the teacher
     figure.savefig("quality.png")                # or svg(figure, "quality"), to stand inside a page
 
-Colours are Okabe and Ito's, which people with any kind of colour blindness tell apart; marker shapes say the same again.
+Colours are Okabe and Ito's, told apart with any kind of colour blindness; marker shapes say the same again.
 Every label from logs or configuration is taken literally, so a `$` in a model's name is no mathematics.
 """
 
@@ -22,6 +22,7 @@ from flywheel_ray.errors import FlywheelError
 from flywheel_ray.leaderboard import Leaderboard, Row
 from flywheel_ray.results import Failed, LossPoint, Scored
 from flywheel_ray.rollout import Gates
+from flywheel_ray.scoring import SIMILARITY, TOOL_CALLING_CORRECTNESS
 from flywheel_ray.stats import Interval, confidence_sequence, mean_interval
 
 try:
@@ -38,12 +39,24 @@ INK, MUTED, GRID = "#1c2024", "#60646c", "#d9d9e0"
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 PAPER = "#ffffff"
 THEME = {
-    INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", BLUE: "blue", ORANGE: "orange", GREEN: "green",
-    PINK: "pink", SKY: "sky", VERMILION: "vermilion",
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    PAPER: "paper",
+    BLUE: "blue",
+    ORANGE: "orange",
+    GREEN: "green",
+    PINK: "pink",
+    SKY: "sky",
+    VERMILION: "vermilion",
 }
 """Colours a page may restyle: in `svg` each becomes its CSS variable, with the colour itself as the fallback."""
 
-LOOKS = {BASE_EVAL: (MUTED, "s", "as it is"), ICL_EVAL: (ORANGE, "^", "in-context"), CUSTOMIZED_EVAL: (BLUE, "o", "LoRA")}
+LOOKS = {
+    BASE_EVAL: (MUTED, "s", "as it is"),
+    ICL_EVAL: (ORANGE, "^", "in-context"),
+    CUSTOMIZED_EVAL: (BLUE, "o", "LoRA"),
+}
 """Colour, marker and words for each evaluation."""
 SERIES = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION)
 MAX_ROWS = 40
@@ -56,6 +69,7 @@ WORDS: Mapping[str, str] = {
     "exact_text": "same text",
 }
 """Metrics as a reader says them."""
+JUDGED = (TOOL_CALLING_CORRECTNESS, SIMILARITY)
 
 
 def quality(board: Leaderboard) -> Figure:
@@ -82,7 +96,7 @@ def quality(board: Leaderboard) -> Figure:
 
 
 def trade_off(board: Leaderboard) -> Figure:
-    """Agreement with the teacher against cost (US dollars per 1,000 requests, or median latency where nothing is priced).
+    """Agreement with the teacher against US dollars per 1,000 requests, or median latency where nothing is priced.
 
     Points carry their rank on the leaderboard; the line joins those that no other beats on both axes.
     """
@@ -178,7 +192,7 @@ def by_tool(result: Scored, examples: Sequence[Example], metric: str) -> Figure 
 
 
 def scores_by_tool(result: Scored, examples: Sequence[Example], metric: str, at_most: int = 20) -> dict[str, Interval]:
-    """Mean score and interval by the tools of the teacher's answer ("no call" where it called none), most frequent first."""
+    """Mean score and interval by the tools of the teacher's answer ("no call" for none), most frequent first."""
     called = {
         e.id: " + ".join(sorted({c.name for c in e.reference.tool_calls})) or "no call" for e in examples if e.tools
     }
@@ -221,7 +235,7 @@ def latency(shadow: Any) -> Figure | None:
 
 
 def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figure | None:
-    """Agreement with the teacher as pairs arrived, with the anytime-valid confidence sequence; None without scored pairs.
+    """Agreement as pairs arrived, with the anytime-valid confidence sequence; None without scored pairs.
 
     Args:
         shadow: DataFrame of `analysis.shadow_frame`, in order of arrival.
@@ -356,4 +370,3 @@ def short(text: str, length: int) -> str:
 def words(metric: str) -> str:
     """A metric's name for an axis."""
     return WORDS.get(metric, metric.replace("_", " "))
-

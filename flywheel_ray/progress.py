@@ -175,13 +175,20 @@ def progress_callback(show: Quiet) -> Any:
     from ray.tune import Callback
 
     class Shown(Callback):
+        show: Quiet = Quiet()
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune saves its callbacks with its state; a terminal cannot be saved
+
         def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
             if "key" in result:
-                show.update(result["key"], result)
+                self.show.update(result["key"], result)
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             key = (trial.last_result or {}).get("key")
             if key:
-                show.lost(key, "the trial's process died; see the logs under the sweep's tune folder")
+                self.show.lost(key, "the trial's process died; see the logs under the sweep's tune folder")
 
-    return Shown()
+    callback = Shown()
+    callback.show = show
+    return callback

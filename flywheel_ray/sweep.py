@@ -137,6 +137,8 @@ def connect(places: Places) -> None:
 
 
 def _tune(config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[str, Candidate], show: Quiet) -> None:
+    # Tune's own tables would be written over ours.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
     connect(places)

@@ -4,8 +4,8 @@
     ray.serve.run(app, name="gateway", route_prefix="/")
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…").chat.completions.create(…)
 
-The teacher's requests and answers pass through unchanged. An arm that is assigned a request and fails is replaced by the
-teacher; a shadow gets its copy after the answer, from a bounded queue. Every completion and every failure is logged.
+The teacher's requests and answers pass through unchanged. Where an assigned arm fails, the teacher
+answers; a shadow gets its copy after the answer, from a bounded queue. Every completion and every failure is logged.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ HEALTH, METRICS = "/healthz", "/metrics.json"
 _METHODS = {CHAT: "POST", MODELS: "GET", HEALTH: "GET", METRICS: "GET"}
 
 # Headers that belong to one connection, or that httpx and the server write themselves.
-_HOP = frozenset(
-    "connection keep-alive te trailer transfer-encoding upgrade proxy-authorization proxy-connection".split()
-)
+_HOP = frozenset(("connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "proxy-authorization"))
 _NOT_SENT = _HOP | frozenset(("host", "content-length", "accept-encoding", "cookie", "expect"))
 _CREDENTIALS = frozenset(("authorization", "api-key", "x-api-key"))
 _NOT_RETURNED = _HOP | frozenset(("content-length", "content-encoding", "date", "server", "set-cookie"))

@@ -70,8 +70,9 @@ class Student:
         self._name, self._spec = name, spec
         self._context = open_model(spec)
         self._model = self._context.__enter__()
-        self._answer.set_max_batch_size(spec.max_batch_size)
-        self._answer.set_batch_wait_timeout_s(spec.batch_wait_s)
+        batcher: Any = self._answer  # Ray's type does not show the setters that the decorator adds
+        batcher.set_max_batch_size(spec.max_batch_size)
+        batcher.set_batch_wait_timeout_s(spec.batch_wait_s)
 
     async def __call__(self, request: Request) -> Response:
         path = request.scope["path"].removeprefix(request.scope.get("root_path") or "")
@@ -122,7 +123,7 @@ class Student:
 
 
 def to_chat_completion(answer: Completion, model: str, name: str, created: int) -> dict[str, Any]:
-    """A Completion as an OpenAI ChatCompletion object; `created` in epoch seconds. Usage is there where it was counted."""
+    """A Completion as an OpenAI ChatCompletion object, with usage where it was counted; `created` in epoch seconds."""
     finish = answer.finish_reason or ("tool_calls" if answer.tool_calls else "stop")
     whole: dict[str, Any] = {
         "id": f"chatcmpl-{name}",

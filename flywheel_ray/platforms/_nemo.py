@@ -95,9 +95,9 @@ class Http:
                 status = response.status_code
                 if response.is_success or status in accept:
                     return response
-                trouble = f"{where} answered {status}: {self._detail(response)}"
                 if status not in (408, 429) and status < 500:
-                    raise PlatformError(trouble + _REMEDY.get(status, ""))
+                    raise self.refused(response)
+                trouble = f"{where} answered {status}: {self._detail(response)}"
             if attempt < repeats:
                 self.pause(attempt, response)
         tried = f" after {repeats + 1} attempts" if repeats else ""
@@ -116,6 +116,14 @@ class Http:
                 f"{self._detail(response)}. Check that the URL is this service's."
             )
         return data
+
+    def refused(self, response: httpx.Response) -> PlatformError:
+        """The error that a refused request amounts to: method, path, status, the server's words and a remedy."""
+        request = response.request
+        path = request.url.path.removeprefix(httpx.URL(self.base_url).path.rstrip("/"))
+        status = response.status_code
+        said = f"{request.method} {path} at {self._host} answered {status}: {self._detail(response)}"
+        return PlatformError(said + _REMEDY.get(status, ""))
 
     def pause(self, attempt: int, response: httpx.Response | None = None) -> None:
         """Sleep before repetition `attempt` (0 = the first): Retry-After, else "equal jitter" back-off.
