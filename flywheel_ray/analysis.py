@@ -31,7 +31,17 @@ except ModuleNotFoundError as missing:
         f"analysis needs {missing.name}, which is not installed: pip install 'flywheel-ray[analysis]'"
     ) from None
 
-__all__ = ["board_of", "latest", "losses_frame", "outcomes_frame", "shadow_frame", "trials_frame", "write_report"]
+__all__ = [
+    "answer_text",
+    "board_of",
+    "latest",
+    "losses_frame",
+    "outcomes_frame",
+    "prompt_text",
+    "shadow_frame",
+    "trials_frame",
+    "write_report",
+]
 
 _PRICES: TypeAdapter[dict[str, Price]] = TypeAdapter(dict[str, Price])
 _PAIR_METRICS = (FUNCTION_NAME_AND_ARGS, FUNCTION_NAME, EXACT_TEXT)
@@ -67,7 +77,8 @@ def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
 
     Columns: key, label, status ("scored" or "failed"), model, evaluation, adaptation and its parameters (`rank`,
     `shots`, …), each metric as `m`, `m_low`, `m_high`, `m_n` and `m_unscored`, latency_p50_s, latency_p95_s (s),
-    prompt_tokens, completion_tokens (means), usd_per_1000, pareto, train_s, evaluation_s, judge, stage, error, latest_sweep, fingerprint.
+    prompt_tokens, completion_tokens (means), usd_per_1000, pareto, train_s, evaluation_s, judge, stage, error,
+    latest_sweep, fingerprint.
     Prices are those of the latest sweep on the dataset.
 
     Args:
@@ -143,7 +154,8 @@ def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
 
     Columns: exchange_id, arm, timestamp (UTC), each agreement metric (1 or 0; NaN where it does not apply),
     teacher_latency_s, arm_latency_s, teacher_tokens, arm_tokens (of the completion), error (why the arm gave no
-    answer), prompt, teacher_answer, arm_answer. Copies that the gateway dropped make no pair; `rollout.report` counts them.
+    answer), prompt, teacher_answer, arm_answer. Copies that the gateway dropped make no pair: `rollout.report` counts
+    them.
     """
     rows = []
     for arm, pairs in pairs_of(records).items():

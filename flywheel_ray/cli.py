@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,7 +38,7 @@ from flywheel_ray.rollout import report as rollout_report
 from flywheel_ray.services import Generation, LogQuery, LogStore
 from flywheel_ray.stats import Interval
 from flywheel_ray.stores import open_store
-from flywheel_ray.stores.ingest import IngestSummary, ingest
+from flywheel_ray.stores.ingest import IngestSummary, ingest, read_lines
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,7 +94,8 @@ def _store(places: Places, create: bool = False) -> Iterator[LogStore]:
 @app.command("ingest")
 def ingest_command(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE.jsonl…", help="Log files, one exchange a line; - is stdin.")
+        list[str],
+        typer.Argument(metavar="FILE.jsonl…", help="Log files, one exchange a line, plain or gzip; - is stdin."),
     ],
     store: StoreOption = None,
     runs: RunsOption = RUNS,
@@ -133,22 +134,14 @@ def ingest_command(
 
 def _ingest_one(name: str, store: LogStore, rejects: Path) -> IngestSummary:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar, _lines(name) as lines:
+    lines = sys.stdin.buffer if name == "-" else read_lines(Path(name))
+    with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(f"{name}: starting")
 
         def show(summary: IngestSummary) -> None:
             bar.update(task, description=f"{name}: {summary.lines:,} lines, {summary.rejected:,} rejected")
 
         return ingest(lines, name, store, rejects, on_progress=show)
-
-
-@contextmanager
-def _lines(name: str) -> Iterator[IO[bytes]]:
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    with open(name, "rb") as source:
-        yield source
 
 
 @app.command()
@@ -406,8 +399,8 @@ def serve(
     students = {arm.name: spec for arm in rollout.arms if (spec := _student(arm, places)) is not None}
     with _store(places, create=True):
         pass  # a store that cannot be opened is said here, before anything starts
-    gateway = importlib.import_module("serve.gateway")
-    gateway.run(rollout, places.store, host=host, port=port, students=students)
+    # Ray Serve apps are named by import path, so that nothing in the package depends on one.
+    importlib.import_module("serve.app").run(rollout, places.store, students, host=host, port=port)
 
 
 def _student(arm: Arm, places: Places) -> Any:
@@ -428,8 +421,10 @@ def _student(arm: Arm, places: Places) -> Any:
         candidate=trial.candidate,
         adapter=trial.training.adapter if trial.training else None,
         shots=trial.shots,
-        platform_root=places.platform,
+        platform_root=str(places.platform),
         generation=Generation(max_tokens=target.max_tokens),
+        resources=target.resources,
+        max_batch_size=target.max_batch_size,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -143,7 +144,7 @@ def parse(data: Any, kind: type[Config], where: str) -> Config:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {_sentence(e, data, kind)}" for e in error.errors(include_url=False)]
+        lines = [f"{where}: {sentence}" for sentence in _sentences(error.errors(include_url=False), data, kind)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -167,11 +168,26 @@ def _lists(data: Any) -> Any:
     return {**data, "search": listed}
 
 
-def _sentence(error: Any, data: Any, kind: type[BaseModel]) -> str:
-    path = ".".join(_written_path(error["loc"], data))
+def _sentences(errors: Sequence[Any], data: Any, kind: type[BaseModel]) -> list[str]:
+    """One sentence for each mistake; a misspelt key is one, though pydantic also misses the right one."""
+    paths = [_written_path(error["loc"], data) for error in errors]
+    near = {
+        (*path[:-1], close[0]): path
+        for error, path in zip(errors, paths, strict=True)
+        if error["type"] == "extra_forbidden" and (close := difflib.get_close_matches(path[-1], _all_keys(kind), n=1))
+    }
+    meant = {wrong: right[-1] for right, wrong in near.items()}
+    return [
+        _sentence(error, path, meant.get(path))
+        for error, path in zip(errors, paths, strict=True)
+        if not (error["type"] == "missing" and path in near)
+    ]
+
+
+def _sentence(error: Any, location: tuple[str, ...], meant: str | None) -> str:
+    path = ".".join(location)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _all_keys(kind), n=1)
-        return f"{path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+        return f"{path}: unknown key" + (f", did you mean {meant!r}?" if meant else "")
     if error["type"] == "missing":
         return f"{path}: missing"
     given = error.get("input")
@@ -180,7 +196,7 @@ def _sentence(error: Any, data: Any, kind: type[BaseModel]) -> str:
     return f"{path or 'file'}: {message[:1].lower()}{message[1:]}{shown}"
 
 
-def _written_path(location: tuple[Any, ...], data: Any) -> list[str]:
+def _written_path(location: tuple[Any, ...], data: Any) -> tuple[str, ...]:
     """The location as it stands in the file: pydantic adds the tag of a union, which nobody wrote as a key."""
     path = []
     for part in location:
@@ -191,7 +207,7 @@ def _written_path(location: tuple[Any, ...], data: Any) -> list[str]:
             data = data[part]
         except (KeyError, IndexError, TypeError):
             data = None
-    return path
+    return tuple(path)
 
 
 def _all_keys(kind: type[BaseModel]) -> list[str]:

@@ -10,6 +10,7 @@ Every label from logs or configuration is taken literally, so a `$` in a model's
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -75,14 +76,14 @@ JUDGED = (TOOL_CALLING_CORRECTNESS, SIMILARITY)
 def quality(board: Leaderboard) -> Figure:
     """Each candidate's agreement with the teacher and its interval, best first; the teacher at 1, the margin shaded."""
     rows = [(rank, row) for rank, row in enumerate(board.rows, 1) if row.quality][:MAX_ROWS]
-    figure, axes = _figure(9.6, 1.15 + 0.34 * max(len(rows), 1))
+    figure, axes = _figure(13, 1.05 + 0.36 * max(len(rows), 1))
     _margin(axes.axvspan, axes.axvline, board.margin)
     for y, (_, row) in enumerate(rows):
         assert row.quality
         colour, marker, _ = LOOKS[row.evaluation]
         axes.plot([row.quality.low, row.quality.high], [y, y], color=colour, lw=2, solid_capstyle="round")
         axes.plot(row.quality.estimate, y, marker=marker, color=colour, ms=7.5, mec=PAPER, mew=0.8)
-    names = [f"{short(row.label, 58)}   {rank}" for rank, row in rows]
+    names = [f"{short(row.label, 60)} · {rank}" for rank, row in rows]
     axes.set_yticks(range(len(rows)), names, parse_math=False)
     for text, (_, row) in zip(axes.get_yticklabels(), rows, strict=True):
         text.set_fontweight("bold" if row.key == board.winner else "normal")
@@ -109,22 +110,16 @@ def trade_off(board: Leaderboard) -> Figure:
     points = [(rank, row, x) for rank, row in enumerate(board.rows, 1) if row.quality and (x := cost(row)) is not None]
     front = sorted((x, row.quality.estimate) for _, row, x in points if row.pareto and row.quality)
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-    for rank, row, x in points:
+    for _, row, x in points:
         assert row.quality
         colour, marker, _ = LOOKS[row.evaluation]
         axes.plot(x, row.quality.estimate, marker=marker, color=colour, ms=8, mec=PAPER, mew=0.8, ls="")
-        bold = "bold" if row.key == board.winner else "normal"
-        axes.annotate(
-            str(rank), (x, row.quality.estimate), (6, 5), textcoords="offset points", color=INK, size=10, weight=bold
-        )
     teacher = cost(board.teacher)
     costs = [x for _, _, x in points] + ([teacher] if teacher is not None else [])
     if teacher is not None:
         axes.plot(teacher, 1.0, marker="*", color=INK, ms=14, mec=PAPER, mew=0.8, ls="")
-        side = ("right", -10) if teacher >= max(costs) else ("left", 10)
-        axes.annotate(
-            "teacher", (teacher, 1.0), (side[1], -4), textcoords="offset points", ha=side[0], color=INK, size=11
-        )
+        side = "right" if teacher >= max(costs) else "left"
+        axes.annotate("teacher", (teacher, 1.0), (0, -17), textcoords="offset points", ha=side, color=INK, size=10.5)
     _margin(axes.axhspan, axes.axhline, board.margin)
     _cost_scale(axes, costs)
     axes.set_ylim(-0.04, 1.06)
@@ -132,6 +127,7 @@ def trade_off(board: Leaderboard) -> Figure:
     axes.set_ylabel(words(board.metric))
     axes.set_xlabel("US dollars per 1,000 requests" if priced else "median latency of one answer (s)")
     _legend(axes, [row.evaluation for _, row, _ in points], None)
+    _ranks(axes, [(x, row.quality.estimate, rank) for rank, row, x in points if row.quality])
     return figure
 
 
@@ -159,14 +155,14 @@ def losses(results: Sequence[Scored | Failed], winner: str | None = None) -> Fig
             marker="o",
             ms=4.5 if first else 3.5,
             zorder=5 - min(i, 4),
-            label=short(result.candidate.label, 46) if i < len(SERIES) else None,
+            label=short(result.candidate.label, 60) if i < len(SERIES) else None,
         )
     if len(curves) > len(SERIES):
         axes.plot([], [], color=GRID, lw=1.5, label=f"{len(curves) - len(SERIES)} more")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("epochs of the training split")
-    axes.set_ylabel(f"{'validation' if validated else 'training'} loss (nats per answer token)")
+    axes.set_ylabel(f"{'validation' if validated else 'training'} loss (nats per token)")
     _named(axes)
     return figure
 
@@ -275,7 +271,8 @@ def svg(figure: Figure, name: str, title: str = "") -> str:
         title: what a screen reader says.
     """
     out = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the reader's browser has the fonts, not matplotlib
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
@@ -324,26 +321,42 @@ def _legend(axes: Axes, evaluations: Sequence[str], margin: float | None) -> Non
 
 
 def _named(axes: Axes) -> None:
-    """The legend, in a row of its own above the axes so that it never covers a point."""
+    """The legend, above the axes so that it never covers a point."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
-    long = max(len(label) for label in labels) > 24
-    legend = axes.legend(
+    long = max(len(label) for label in labels) > 28
+    figure = axes.get_figure()
+    assert figure is not None
+    legend = figure.legend(
         handles,
         labels,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
+        loc="outside upper left",
         ncols=1 if long else len(labels),
         frameon=False,
         fontsize=10.5,
         labelcolor=INK,
-        borderaxespad=0.3,
+        borderpad=0,
         handletextpad=0.5,
         columnspacing=1.6,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _ranks(axes: Axes, points: Sequence[tuple[float, float, int]]) -> None:
+    """Write each point's rank beside it; points too near each other to tell apart share one label, "2, 3"."""
+    shared: list[tuple[float, float, list[int]]] = []
+    for x, y, rank in points:
+        here = axes.transData.transform((x, y))
+        near = next((s for s in shared if np.abs(axes.transData.transform(s[:2]) - here).max() < 14), None)
+        if near:
+            near[2].append(rank)
+        else:
+            shared.append((x, y, [rank]))
+    for x, y, ranks in shared:
+        words = ", ".join(map(str, ranks))
+        axes.annotate(words, (x, y), (8, -4), textcoords="offset points", color=INK, size=10.5)
 
 
 def _cost_scale(axes: Axes, values: Sequence[float]) -> None:

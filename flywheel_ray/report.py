@@ -179,13 +179,9 @@ def _tiles(board: Leaderboard, row: Row | None, live: RolloutReport | None, gate
 
 
 def _tile(name: str, figure: str, more: str, words: bool = False) -> Html:
-    return el(
-        "div",
-        el("span", name),
-        el("b", figure, **({"class_": "words"} if words else {})),
-        el("span", more),
-        class_="tile",
-    )
+    kind = {"class_": "words"} if words else {}
+    breakable = Html(html.escape(more).replace("_", "_<wbr>"))  # metrics have long names and tiles are narrow
+    return el("div", el("span", name), el("b", figure, **kind), el("span", breakable), class_="tile")
 
 
 # ── the leaderboard ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,7 +189,7 @@ def _tile(name: str, figure: str, more: str, words: bool = False) -> Html:
 
 def _leaderboard(board: Leaderboard) -> Html:
     metrics = sorted(board.teacher.scores, key=lambda name: name != board.metric)
-    head = ["#", "candidate", *metrics, "latency p50 / p95", "tokens in / out", "$ per 1,000", "trained in", "Pareto"]
+    head = ["#", "candidate", *metrics, "latency", "tokens", "$ per 1,000", "training", "Pareto"]
     ranked = {name: f"{plots.words(name)}" + (" ▼" if name == board.metric else "") for name in metrics}
     titles = [el("th", ranked.get(name, name), class_="n" if i > 1 else "", title=name) for i, name in enumerate(head)]
     rows = [_row("", board.teacher, metrics, board)]
@@ -207,7 +203,7 @@ def _leaderboard(board: Leaderboard) -> Html:
         el("h2", "Leaderboard"),
         el(
             "p",
-            "Each score with its interval, rows scored and rows unscored (which are in no mean). ▼ ranks.",
+            "▼ ranks. Each score has its interval and the n rows behind it; unscored rows are in no mean.",
             class_="quiet",
         ),
         el("div", el("table", el("thead", el("tr", *titles)), el("tbody", *rows)), class_="scroll"),
@@ -218,7 +214,6 @@ def _leaderboard(board: Leaderboard) -> Html:
 def _row(rank: str, row: Row, metrics: Sequence[str], board: Leaderboard) -> Html:
     reference = row.key == board.teacher.key
     cost = row.cost
-    tokens = f"{_whole(cost.prompt_tokens)} / {_whole(cost.completion_tokens)}"
     cells = [el("td", rank or "·"), _name(row.label, row.evaluation if reference else f"{row.evaluation} · {row.key}")]
     for metric in metrics:
         interval, unscored = row.scores.get(metric), row.unscored.get(metric, 0)
@@ -229,8 +224,8 @@ def _row(rank: str, row: Row, metrics: Sequence[str], board: Leaderboard) -> Htm
         figures = [_percent(interval.estimate), el("small", _range(interval))] if interval else ["unscored"]
         cells.append(el("td", *figures, el("small", counts), class_="n"))
     cells += [
-        el("td", f"{_seconds(cost.latency_p50_s)} / {_seconds(cost.latency_p95_s)}", class_="n"),
-        el("td", tokens, class_="n"),
+        el("td", _seconds(cost.latency_p50_s), el("small", f"p95 {_seconds(cost.latency_p95_s)}"), class_="n"),
+        el("td", f"{_whole(cost.prompt_tokens)} in", el("small", f"{_whole(cost.completion_tokens)} out"), class_="n"),
         el("td", _usd(cost.usd_per_1000), class_="n"),
         el("td", _seconds(row.train_s), class_="n"),
         el("td", "●" if row.pareto else "", class_="n"),
@@ -267,11 +262,17 @@ def _plots(board: Leaderboard, results: Sequence[Scored | Failed], dataset: Data
     return el("section", el("h2", "Plots"), el("div", *figures, class_="plots"), id="plots")
 
 
+def _cut_to(board: Leaderboard) -> str:
+    hidden = len(board.rows) - plots.MAX_ROWS
+    more = f" The best {plots.MAX_ROWS} are drawn, {hidden} more stand in the table." if hidden > 0 else ""
+    return f"Numbers are ranks on the leaderboard.{more}"
+
+
 _TRADE_OFF = "Numbers are ranks; the dashed line joins the candidates that no other beats on both axes."
 
 
 def _figure(figure: Any, name: str, title: str, caption: str, wide: bool = False) -> Html:
-    drawn = Html(plots.svg(figure, name, title))
+    drawn = el("div", Html(plots.svg(figure, name, title)), class_="drawn")
     return el("figure", el("h3", title), drawn, el("figcaption", caption), class_="wide" if wide else "half")
 
 
@@ -286,10 +287,11 @@ def _live(board: Leaderboard, live: RolloutReport | None, shadow: Any, gates: Ga
         )
         return el("section", *parts, el("p", words), id="live")
     errors = f"; it failed {_causes(live.teacher_errors)}." if live.teacher_errors else "."
+    asked = f"{live.exchanges:,} exchanges, {live.teacher_requests:,} asked of the teacher{errors}"
     parts.append(
         el(
             "p",
-            f"Rollout {live.rollout}: {live.exchanges:,} exchanges, {live.teacher_requests:,} asked of the teacher{errors}",
+            f"Rollout {live.rollout}: {asked}",
         )
     )
     parts += [_arm(arm, gates) for arm in live.arms]
@@ -316,7 +318,7 @@ def _arm(arm: ArmReport, gates: Gates | None) -> Html:
         ("failed by the arm", _causes(arm.failures) or "none"),
         (
             "pairs",
-            f"{arm.pairs:,}, {arm.unscored:,} of them not scorable by the gate's metric; {arm.unpaired:,} unpaired copies",
+            f"{arm.pairs:,}, {arm.unscored:,} of them without the gate's metric; {arm.unpaired:,} unpaired copies",
         ),
     ]
     if arm.live_requests:
@@ -425,8 +427,8 @@ def _dataset(dataset: Dataset) -> Html:
         el("h2", "Dataset"),
         el(
             "p",
-            f"{manifest.name}{origin}, {first} to {last}. {manifest.scanned:,} records scanned, {manifest.rows.total:,} "
-            "kept; split by conversation, so no conversation is on two sides. Fingerprint ",
+            f"{manifest.name}{origin}, {first} to {last}. {manifest.scanned:,} records scanned, "
+            f"{manifest.rows.total:,} kept; split by conversation, so no conversation is on two sides. Fingerprint ",
             el("code", dataset.fingerprint),
             ".",
         ),
@@ -464,8 +466,8 @@ def _claims(board: Leaderboard, results: Sequence[Scored | Failed], live: Rollou
         judge,
         "Intervals are clustered by conversation and hold for one candidate chosen beforehand. The best of "
         f"{len(board.rows)} was chosen on these same records, so its figure leans upwards; live pairs are the check.",
-        "Offline latency is that of batched evaluation where the trials ran, the teacher's is what its logs say: compare "
-        "them on live pairs. Dollars follow the sweep's price table and mean tokens or throughput, not a bill.",
+        "Offline latency is that of batched evaluation where the trials ran, the teacher's is what its logs say: "
+        "compare them on live pairs. Dollars follow the sweep's price table and mean tokens or throughput, not a bill.",
     ]
     if live is None or not any(arm.pairs for arm in live.arms):
         claims.append("Nothing here has been shown on live traffic.")

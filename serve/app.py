@@ -42,16 +42,19 @@ def run(
 ) -> None:
     """Deploy, print the URLs, and serve until Ctrl-C or SIGTERM; see `deployed`."""
     stop = threading.Event()
-    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in signals]
     try:
         with deployed(rollout, store_url, students, host, port, ray_address, replicas) as urls:
+            for number in signals:  # only now: Ray installs handlers of its own, and its SIGTERM aborts
+                signal.signal(number, lambda *_: stop.set())
             for name, url in urls.items():
                 print(f"{name:<12} {url}", flush=True)
             while not stop.wait(1.0):
                 pass
             print("shutting down …", flush=True)
     finally:
-        for number, handler in previous.items():
+        for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
 
 

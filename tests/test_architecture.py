@@ -16,7 +16,7 @@ PURE = ["errors", "values", "records", "datasets", "shots", "candidates", "scori
         "leaderboard", "rollout"]  # fmt: skip
 SEAMS = ["services", "config", "trial"]
 IO = ["stores", "chat", "platforms", "ledger"]
-RAY_AND_FACES = ["progress", "sweep", "plots", "analysis", "cli"]
+RAY_AND_FACES = ["progress", "sweep", "plots", "report", "analysis", "cli"]
 LAYERS = [PURE, SEAMS, IO, RAY_AND_FACES]
 FORBIDDEN_IN_PURE = {"ray", "httpx", "requests", "socket", "time", "random", "torch", "os", "sqlite3", "subprocess"}
 

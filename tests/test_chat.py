@@ -4,12 +4,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.upstream import TOOL, Upstream, completion, free_port, running
 
 from flywheel_ray.chat import HttpChat, as_stream, assemble_stream, read_sse, to_sse
 from flywheel_ray.errors import ChatError, ChatUnavailable
 from flywheel_ray.records import Completion, read_completion
 from flywheel_ray.services import ChatPrompt, Generation, Unanswered
+from tests.upstream import TOOL, Upstream, completion, free_port, running
 
 
 def prompt(text: str = "please route to cards", tools: bool = True) -> ChatPrompt:
@@ -98,7 +98,7 @@ def test_a_server_error_for_every_prompt_is_unavailable(upstream):
 def test_a_time_out_is_unanswered_beside_answers(upstream):
     url, app = upstream
     app.mode = "hang"
-    with pytest.raises(ChatUnavailable, match="no answer within 0.2 s"):
+    with pytest.raises(ChatUnavailable, match=r"no answer within 0\.2 s"):
         chat(url, timeout_s=0.2).complete([prompt()])
     app.script = [(400, {})]
     answers = chat(url, timeout_s=0.2, concurrency=1).complete([prompt(), prompt()])

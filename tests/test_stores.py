@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import signal
@@ -51,9 +52,12 @@ def elastic_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if url := os.environ.get("FLYWHEEL_TEST_ES_URL"):
         yield url.rstrip("/")
         return
-    program = Path(sys.executable).parent / "noida-db"
-    if not program.exists():
+    package = importlib.util.find_spec("noida_db")
+    if package is None or package.origin is None:
         pytest.skip("needs noida-db (pip install -e '.[dev]') or FLYWHEEL_TEST_ES_URL")
+    # The program itself: the `noida-db` command is a wrapper, and would leave it running when ended.
+    program = Path(package.origin).with_name("noida-db")
+    program.chmod(0o755)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 
 class Upstream:
-    """An ASGI app. `mode`: normal, other, hang, 500, garbage, arguments, refuse, slow_stream, broken_stream, cut_stream.
+    """An ASGI app. `mode`: normal, other, hang, 500, garbage, arguments, refuse, slow_stream, …
 
     `script` holds statuses for the next requests, before the mode applies; `seen` holds what came in.
     """

@@ -63,6 +63,10 @@ class Http:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}
 
+    def elsewhere(self, url: str) -> Http:
+        """The same manners at another URL, without the key."""
+        return Http(url, None, self.timeout_s, self.retries, self.backoff_s)
+
     def call(
         self, method: str, path: str, *, accept: Collection[int] = (), repeatable: bool | None = None, **request: Any
     ) -> httpx.Response:
@@ -81,7 +85,7 @@ class Http:
             PlatformError: any other status, or a key's environment variable that is unset.
         """
         repeats = self.retries if (method in ("GET", "PUT") if repeatable is None else repeatable) else 0
-        where = f"{method} {path} at {self._host}"
+        where = f"{method} {path} at {self.host}"
         headers = {**self._auth(where), **request.pop("headers", {})}
         for attempt in range(repeats + 1):
             response: httpx.Response | None = None
@@ -112,7 +116,7 @@ class Http:
             data = None
         if not isinstance(data, dict):
             raise PlatformError(
-                f"{method} {path} at {self._host} answered {response.status_code} with no JSON object: "
+                f"{method} {path} at {self.host} answered {response.status_code} with no JSON object: "
                 f"{self._detail(response)}. Check that the URL is this service's."
             )
         return data
@@ -122,7 +126,7 @@ class Http:
         request = response.request
         path = request.url.path.removeprefix(httpx.URL(self.base_url).path.rstrip("/"))
         status = response.status_code
-        said = f"{request.method} {path} at {self._host} answered {status}: {self._detail(response)}"
+        said = f"{request.method} {path} at {self.host} answered {status}: {self._detail(response)}"
         return PlatformError(said + _REMEDY.get(status, ""))
 
     def pause(self, attempt: int, response: httpx.Response | None = None) -> None:
@@ -135,7 +139,8 @@ class Http:
         time.sleep(longest if asked.isdigit() else random.uniform(0.5, 1.0) * longest)
 
     @property
-    def _host(self) -> str:
+    def host(self) -> str:
+        """Host, port and path prefix, for messages: without user and password."""
         url = httpx.URL(self.base_url)
         return url.netloc.decode() + url.path.rstrip("/")  # netloc leaves user and password out
 

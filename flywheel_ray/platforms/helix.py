@@ -1,4 +1,4 @@
-"""NeMo Helix (`/apis/<service>/v2/workspaces/<ws>/…`), the current NeMo, as a Platform: filesets, customization, gateway.
+"""The current NeMo, Helix (`/apis/<service>/v2/workspaces/<ws>/…`), as a Platform: filesets, customization, gateway.
 
     platform = HelixPlatform("http://nemo:8080", backend="automodel", api_key_env="NEMO_API_KEY")
     data = platform.put_dataset("3f9a0c2d41b7e655-0b12", train, validation)             # "default/flywheel-3f9a…"
@@ -6,7 +6,7 @@
     with platform.chat("qwen3-0.6b", platform.adapter(job), Generation()) as model: model.complete(prompts)
 
 Written from exchanges recorded with Helix 0.8.1 and NVIDIA's published job schemas; tested against a stand-in server,
-not yet run against the real service. Jobs, adapters and filesets are found again by name, so every call may be repeated.
+not yet run against the real service. Jobs, adapters and filesets are found again by name: every call may be repeated.
 Not here: importing base models (a model is an entity that exists) and deploying them (something must serve it).
 """
 
@@ -112,11 +112,8 @@ class HelixPlatform:
         fileset = entity_name(name)
         filesets = self._path("files", "filesets")
         body = {"name": fileset, "purpose": "dataset"}
-        if self._create(filesets, body, f"{filesets}/{segment(fileset)}"):
-            held = {}
-        else:
-            listing = self._http.json("GET", f"{filesets}/{segment(fileset)}/files")
-            held = {f.get("path"): f.get("size") for f in listing.get("data") or []}
+        fresh = self._create(filesets, body, f"{filesets}/{segment(fileset)}")
+        held = {} if fresh else self._files(fileset)
         files = {"validation.jsonl": jsonl(validation), "train.jsonl": jsonl(train)}
         for path, content in files.items():
             if content and held.get(path) != len(content):
@@ -151,7 +148,7 @@ class HelixPlatform:
         status = self._http.json("GET", f"{self._job(job)}/status")
         state = self._state(status)
         details = _training_details(status)
-        series = details.get("metrics") if isinstance(details.get("metrics"), dict) else {}
+        series = details.get("metrics") or {}
         progress = 1.0 if state == "completed" else fraction(details.get("percentage_done"))
         return TrainingStatus(
             state=state,
@@ -221,6 +218,11 @@ class HelixPlatform:
     def _job(self, job: str) -> str:
         return self._path("customization", f"{segment(self.backend)}/jobs/{segment(job)}")
 
+    def _files(self, fileset: str) -> dict[str, int]:
+        """Sizes in bytes of the files of a fileset, by path."""
+        listing = self._http.json("GET", self._path("files", f"filesets/{segment(fileset)}/files"))
+        return {f["path"]: f["size"] for f in listing.get("data") or []}
+
     def _create(self, path: str, body: Mapping[str, Any], existing: str) -> bool:
         """POST an entity; False where it was there already.
 
@@ -252,7 +254,7 @@ class HelixPlatform:
         alpha = whole_alpha(lora)
         if lora.batch_size % self.micro_batch_size:
             raise PlatformError(
-                f"micro_batch_size {self.micro_batch_size} does not divide the batch size {lora.batch_size}. Change one."
+                f"micro_batch_size {self.micro_batch_size} does not divide batch size {lora.batch_size}. Change one."
             )
         adapter = {"rank": lora.rank, "alpha": alpha, "dropout": lora.dropout}
         schedule = {
@@ -272,9 +274,12 @@ class HelixPlatform:
                 "optimizer": optimizer,
             }
         adapter["random_state"] = lora.seed
+        # Named without validation rows, it would take the training rows for them.
+        validated = "validation.jsonl" in self._files(dataset.rpartition("/")[2])
+        rows = {"path": dataset, "apply_chat_template": True} | ({"validation_path": dataset} if validated else {})
         return shared | {
             "model": {"name": model, "max_seq_length": self.max_seq_length, "load_in_4bit": False},
-            "dataset": {"path": dataset, "validation_path": dataset, "apply_chat_template": True},
+            "dataset": rows,
             "training": training,
             "batch": {
                 "per_device_train_batch_size": self.micro_batch_size,

@@ -223,7 +223,7 @@ def pack_tokens(config: Any, prefix: int) -> int:
     is about prefix/length + length/scale, where `scale` is the length at which attention costs as much as the layers.
     """
     scale = 5 * int(getattr(config, "hidden_size", 576))
-    return int(min(4096, max(256, math.sqrt(max(prefix, 1) * scale))))
+    return int(min(4096, max(384, math.sqrt(max(prefix, 1) * scale))))
 
 
 def shared_prefix(rows: Sequence[Row]) -> int:

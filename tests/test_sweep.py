@@ -1,0 +1,175 @@
+"""A real sweep on a real Ray: a real model is fine-tuned, results are kept, and nothing finished runs twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flywheel_ray.config import LlmJudgeConfig, Places, SweepConfig, parse
+from flywheel_ray.ledger import Ledger
+from flywheel_ray.results import Scored
+from flywheel_ray.sweep import judge_of, settings_of
+from tests.values import dataset
+
+ROOT = Path(__file__).parent.parent
+SWEEP = """
+type: sweep
+name: smallest
+workload: {client_id: acme, workload_id: router}
+search:
+  models: smollm2-135m
+  adaptations:
+    - type: zero_shot
+    - {type: in_context, shots: 1}
+    - {type: lora, prompt: distilled, rank: 4, epochs: 1, max_train_records: 12, batch_size: 6}
+generation: {max_tokens: 16}
+max_eval_records: 4
+max_concurrent: 2
+"""
+
+
+def command(runs: Path, config: Path, folder: Path) -> list[str]:
+    return ["experiments/sweep.py", str(config), "--dataset", str(folder), "--runs", str(runs)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLYWHEEL_", "RAY_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", **more}
+
+
+def test_judges_by_configuration() -> None:
+    base: dict[str, Any] = {
+        "type": "sweep",
+        "name": "n",
+        "workload": {"client_id": "c", "workload_id": "w"},
+        "search": {"models": "m", "adaptations": [{"type": "zero_shot"}]},
+    }
+    assert "no LLM" in judge_of(parse(base, SweepConfig, "x")).name
+    llm = {**base, "judge": {"type": "llm", "url": "http://127.0.0.1:9/v1", "model": "j"}}
+    config = parse(llm, SweepConfig, "x")
+    assert isinstance(config.judge, LlmJudgeConfig)
+    assert judge_of(config).name == "j (LLM)"
+    assert settings_of(config).judge == "j (LLM)"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A sweep killed after its first trial and run again: the runs folder, its configuration and its dataset."""
+    runs = tmp_path_factory.mktemp("swept")
+    config = runs / "smallest.yaml"
+    config.write_text(SWEEP)
+    folder = dataset(80).save(runs / "datasets")
+    with (runs / "first.log").open("wb") as log:
+        # A group of its own, so that the kill takes Ray's processes along, as a lost machine would.
+        process = subprocess.Popen(
+            [sys.executable, *command(runs, config, folder)],
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 240
+        while not list(runs.glob("ledger/*/*/result.json")):
+            assert process.poll() is None and time.monotonic() < deadline, (runs / "first.log").read_text()
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return runs, config, folder
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_a_finished_one_does_nothing(swept: tuple[Path, Path, Path]) -> None:
+    runs, config, folder = swept
+    before = {p: p.stat().st_mtime_ns for p in runs.glob("ledger/*/*/result.json")}
+    done = subprocess.run(
+        [sys.executable, *command(runs, config, folder)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(before)} finished before" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    results = Ledger(Places(runs=runs, store="").ledger).results(folder.name)
+    assert sorted(r.candidate.evaluation for r in results) == ["base-eval", "customized-eval", "icl-eval"]
+    assert all(isinstance(r, Scored) and len(r.outcomes) == 4 for r in results)
+    trained = next(r for r in results if isinstance(r, Scored) and r.training)
+    assert trained.training and trained.training.validation_losses
+    assert (Path(trained.training.adapter) / "adapter_model.safetensors").is_file()
+    again = subprocess.run(
+        [sys.executable, *command(runs, config, folder)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert again.returncode == 0 and "3 scored (3 of them before)" in again.stderr
+    assert "training" not in again.stderr.replace("sweep", "")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cluster as `ray start --head` makes it; the variables a client needs. Only its own process is ended."""
+    folder = tmp_path_factory.mktemp("head")
+    token = folder / "token"
+    token.write_text("t" * 64)
+    variables = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    port, dashboard = 6391, 8271
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
+                "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+            ],
+            env=variables, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 90
+            while True:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
+                try:
+                    httpx.get(f"http://127.0.0.1:{dashboard}/api/version", timeout=2)
+                    break
+                except httpx.HTTPError:
+                    time.sleep(0.5)
+            yield {**variables, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_same_sweep_as_a_ray_job(swept: tuple[Path, Path, Path], head: dict[str, str], tmp_path: Path) -> None:
+    """Through `ray job submit` the leaderboard is the same to the digit, latency and cost aside."""
+    runs, config, folder = swept
+    job = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", str(ROOT / "experiments"), "--"]
+    done = subprocess.run(
+        [*job, sys.executable, "sweep.py", *command(tmp_path, config, folder)[1:]],
+        env=head,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 trials in" in done.stdout + done.stderr
+
+    def scores(places: Path) -> dict[str, Any]:
+        shown = subprocess.run(
+            [sys.executable, "-m", "flywheel_ray.cli", "leaderboard", "--json", "--runs", str(places)],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        board = json.loads(shown.stdout)
+        return {row["key"]: row["scores"] for row in board["rows"]}
+
+    assert scores(tmp_path) == scores(runs)
