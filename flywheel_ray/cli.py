@@ -95,7 +95,7 @@ def _store(places: Places, create: bool = False) -> Iterator[LogStore]:
 def ingest_command(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE.jsonl…", help="Log files, one exchange a line, plain or gzip; - is stdin."),
+        typer.Argument(metavar="FILE.jsonl…", help="Log files, a JSON line an exchange; - is stdin."),
     ],
     store: StoreOption = None,
     runs: RunsOption = RUNS,

@@ -23,7 +23,7 @@ from flywheel_ray.errors import FlywheelError
 from flywheel_ray.leaderboard import Leaderboard, Row
 from flywheel_ray.results import Failed, LossPoint, Scored
 from flywheel_ray.rollout import Gates
-from flywheel_ray.scoring import SIMILARITY, TOOL_CALLING_CORRECTNESS
+from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
 from flywheel_ray.stats import Interval, confidence_sequence, mean_interval
 
 try:
@@ -90,24 +90,27 @@ def quality(board: Leaderboard) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-0.01, 1.015)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"{words(board.metric)}: share of held-out records, {_confidence(rows)} interval")
+    axes.set_xlabel(f"{words(board.metric)}: mean over held-out records, {_confidence(rows)} interval")
     axes.grid(axis="y", visible=False)
     _legend(axes, [row.evaluation for _, row in rows], board.margin)
     return figure
 
 
-def trade_off(board: Leaderboard) -> Figure:
+def trade_off(board: Leaderboard) -> Figure | None:
     """Agreement with the teacher against US dollars per 1,000 requests, or median latency where nothing is priced.
 
-    Points carry their rank on the leaderboard; the line joins those that no other beats on both axes.
+    Points carry their rank on the leaderboard; the line joins those that no other beats on both axes. None where no
+    candidate has either figure.
     """
     priced = any(row.cost.usd_per_1000 is not None for row in board.rows)
 
     def cost(row: Row) -> float | None:
         return row.cost.usd_per_1000 if priced else row.cost.latency_p50_s
 
-    figure, axes = _figure(6.4, 4.0)
     points = [(rank, row, x) for rank, row in enumerate(board.rows, 1) if row.quality and (x := cost(row)) is not None]
+    if not points:
+        return None
+    figure, axes = _figure(6.4, 4.0)
     front = sorted((x, row.quality.estimate) for _, row, x in points if row.pareto and row.quality)
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
     for _, row, x in points:
@@ -251,7 +254,16 @@ def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figur
         axes.fill_between(at, [s.low for s in looks], [s.high for s in looks], color=colour, alpha=0.18, lw=0)
         last = looks[-1]
         label = f"{short(str(arm), 30)}: {last.estimate:.1%}, at least {last.low:.1%}"
-        axes.plot(at, [s.estimate for s in looks], color=colour, lw=2, label=label)
+        axes.plot(
+            at,
+            [s.estimate for s in looks],
+            color=colour,
+            lw=2,
+            label=label,
+            marker="o",
+            ms=3 if len(at) > 1 else 6,
+            markevery=[-1],
+        )
     axes.set_ylim(0, 1.04)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -260,6 +272,13 @@ def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figur
     axes.set_ylabel(f"{words(gates.metric)}, {gates.confidence:.0%} sequence")
     _named(axes)
     return figure
+
+
+def gates_for(shadow: Any, margin: float) -> Gates:
+    """Gates to draw by where the rollout's own are not at hand: by tool calls, or by text where no pair has tools."""
+    if shadow[FUNCTION_NAME_AND_ARGS].isna().all():
+        return Gates(metric="exact_text", margin=margin)
+    return Gates(metric="function_name_and_args_accuracy", margin=margin)
 
 
 def svg(figure: Figure, name: str, title: str = "") -> str:

@@ -134,8 +134,8 @@ def _card(board: Leaderboard, dataset: Dataset, live: RolloutReport | None, gate
         el("p", board.verdict, style="margin-top:10px"),
         el(
             "p",
-            f"Compared: {len(board.rows) + len(board.failed)} candidates ({tried}{failed}) with the teacher's logged "
-            f"answers to {n} held-out records, by {board.metric}; margin {board.margin:.3g}.",
+            f"Compared: {_many(len(board.rows) + len(board.failed), 'candidate')} ({tried}{failed}) with the teacher's "
+            f"logged answers to {_many(n, 'held-out record')}, by {board.metric}; margin {board.margin:.3g}.",
             class_="quiet",
         ),
         el("div", *_tiles(board, row, live, gates), class_="tiles"),
@@ -156,11 +156,11 @@ def _tiles(board: Leaderboard, row: Row | None, live: RolloutReport | None, gate
             )
         )
         mine, theirs = row.cost.usd_per_1000, teacher.usd_per_1000
-        figures = f"{_usd(mine)} against {_usd(theirs)} per 1,000 requests"
-        tiles.append(_tile("cost against the teacher", _ratio(mine, theirs), figures))
-        measured = (
-            f"p95 {_seconds(row.cost.latency_p95_s)}; the teacher's logs say {_seconds(teacher.latency_p50_s)} median"
-        )
+        figures = f"{dollars(mine)} against {dollars(theirs)} per 1,000 requests"
+        if mine is None or theirs is None:
+            figures = "put the student's and the teacher's price under `prices` of the sweep"
+        tiles.append(_tile("cost against the teacher", cost_ratio(mine, theirs), figures))
+        measured = f"p95 {_seconds(row.cost.latency_p95_s)}; the teacher {_seconds(teacher.latency_p50_s)} by its logs"
         tiles.append(_tile("median latency, offline", _seconds(row.cost.latency_p50_s), measured))
     judged = {m: i for m, i in row.scores.items() if i and m in plots.JUDGED} if row else {}
     said = "; ".join(f"{plots.words(m)} {_percent(i.estimate)}" for m, i in judged.items())
@@ -173,7 +173,7 @@ def _tiles(board: Leaderboard, row: Row | None, live: RolloutReport | None, gate
             tiles.append(_tile(f"live, arm {arm.arm}", decision.action.replace("_", " "), decision.reason, words=True))
         else:
             tiles.append(
-                _tile(f"live, arm {arm.arm}", f"{arm.pairs} pairs", "no gates given, so no decision", words=True)
+                _tile(f"live, arm {arm.arm}", _many(arm.pairs, "pair"), "no gates given, so no decision", words=True)
             )
     return tiles
 
@@ -226,7 +226,7 @@ def _row(rank: str, row: Row, metrics: Sequence[str], board: Leaderboard) -> Htm
     cells += [
         el("td", _seconds(cost.latency_p50_s), el("small", f"p95 {_seconds(cost.latency_p95_s)}"), class_="n"),
         el("td", f"{_whole(cost.prompt_tokens)} in", el("small", f"{_whole(cost.completion_tokens)} out"), class_="n"),
-        el("td", _usd(cost.usd_per_1000), class_="n"),
+        el("td", dollars(cost.usd_per_1000), class_="n"),
         el("td", _seconds(row.train_s), class_="n"),
         el("td", "●" if row.pareto else "", class_="n"),
     ]
@@ -250,8 +250,9 @@ def _plots(board: Leaderboard, results: Sequence[Scored | Failed], dataset: Data
         _figure(
             plots.quality(board), "quality", "Quality of each candidate", "Numbers are ranks on the leaderboard.", True
         ),
-        _figure(plots.trade_off(board), "trade-off", "Quality against cost", _TRADE_OFF),
     ]
+    if (trade_off := plots.trade_off(board)) is not None:
+        figures.append(_figure(trade_off, "trade-off", "Quality against cost", _TRADE_OFF))
     if (curves := plots.losses(results, board.winner)) is not None:
         figures.append(
             _figure(curves, "losses", "Learning curves", "A curve that turns up again is learning by heart.")
@@ -287,7 +288,7 @@ def _live(board: Leaderboard, live: RolloutReport | None, shadow: Any, gates: Ga
         )
         return el("section", *parts, el("p", words), id="live")
     errors = f"; it failed {_causes(live.teacher_errors)}." if live.teacher_errors else "."
-    asked = f"{live.exchanges:,} exchanges, {live.teacher_requests:,} asked of the teacher{errors}"
+    asked = f"{_many(live.exchanges, 'exchange')}, {live.teacher_requests:,} asked of the teacher{errors}"
     parts.append(
         el(
             "p",
@@ -301,7 +302,7 @@ def _live(board: Leaderboard, live: RolloutReport | None, shadow: Any, gates: Ga
         parts.append(el("p", f"Units: {units}; sample-ratio p-value {live.sample_ratio_p_value:.3g}.{broken}"))
     if shadow is not None and len(shadow):
         figures = []
-        running = plots.running_agreement(shadow, gates or Gates(margin=board.margin))
+        running = plots.running_agreement(shadow, gates or plots.gates_for(shadow, board.margin))
         if running is not None:
             words = "The band is an anytime-valid confidence sequence: it may be looked at after every request."
             figures.append(_figure(running, "running", "Agreement as pairs arrived", words))
@@ -512,22 +513,31 @@ def _seconds(value: float | None) -> str:
     return f"{value:.3g} s" if value < 100 else f"{value:,.0f} s"
 
 
-def _usd(value: float | None) -> str:
+def dollars(value: float | None) -> str:
+    """US dollars with cents, or three significant digits below one dollar."""
     if value is None:
         return "unpriced"
-    return f"${value:,.2f}" if value >= 1 else f"${value:.3g}"
+    if value >= 1 or value == 0:
+        return f"${value:,.2f}"
+    return "$" + f"{float(f'{value:.3g}'):.10f}".rstrip("0")
 
 
 def _whole(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def _ratio(mine: float | None, theirs: float | None) -> str:
+def cost_ratio(mine: float | None, theirs: float | None) -> str:
+    """How the student's cost compares with the teacher's, in words."""
     if mine is None or theirs is None:
         return "not priced"
     if not mine or not theirs:
         return "free" if not mine else "the teacher is free"
-    return f"{theirs / mine:.2g}× cheaper" if mine <= theirs else f"{mine / theirs:.2g}× dearer"
+    times, word = (theirs / mine, "cheaper") if mine <= theirs else (mine / theirs, "dearer")
+    return f"{times:,.0f}× {word}" if times >= 10 else f"{times:.1f}× {word}"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _causes(causes: Mapping[str, int]) -> str:

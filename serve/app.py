@@ -13,11 +13,13 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ray
 from ray import serve
 
@@ -74,7 +76,7 @@ def deployed(
         rollout: who gets what.
         store_url: where completions are logged, as `stores.open_store` reads it.
         students: what the arms of type `student` host, by arm name.
-        host, port: where Ray Serve listens for HTTP.
+        host, port: where Ray Serve listens for HTTP; must be its own where it runs in that cluster already.
         ray_address: a Ray cluster; None takes RAY_ADDRESS, else starts one on this machine and stops it at the end.
         replicas: copies of the gateway.
 
@@ -83,11 +85,14 @@ def deployed(
         StoreError, ChatError: the log store cannot be used, or an API key is not in the environment.
     """
     specs = dict(students or {})
-    _check(rollout, store_url, specs, host, port)
-    started_ray = not ray.is_initialized()
-    if started_ray:
+    _check(rollout, store_url, specs)
+    address = ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    connected = ray.is_initialized()
+    if not connected and address == "local":
+        _check_port(host, port)
+    if not connected:
         ray.init(
-            address=ray_address or os.environ.get("RAY_ADDRESS") or "local",
+            address=address,
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
@@ -103,16 +108,18 @@ def deployed(
             urls[name] = f"{base}/students/{name}/v1"
             targets[name] = UrlTarget(url=urls[name])
         _deploy(gateway.build(rollout, store_url, targets, replicas), APP, "/", apps)
+        _probe(base)
         yield urls
     finally:
         for name in reversed(apps):  # the gateway first: it flushes its log while the students still answer
             serve.delete(name)
-        if started_ray:
+        if not connected and address == "local":
             serve.shutdown()
+        if not connected:
             ray.shutdown()
 
 
-def _check(rollout: Rollout, store_url: str, specs: Mapping[str, StudentSpec], host: str, port: int) -> None:
+def _check(rollout: Rollout, store_url: str, specs: Mapping[str, StudentSpec]) -> None:
     hosted = [arm.name for arm in rollout.arms if isinstance(arm.target, StudentTarget)]
     if missing := [name for name in hosted if name not in specs]:
         raise GatewayError(f"arm {missing[0]!r} is a student, but no trial was found for it; run a sweep first")
@@ -129,6 +136,9 @@ def _check(rollout: Rollout, store_url: str, specs: Mapping[str, StudentSpec], h
         open_store(store_url).close()
     except StoreUnavailable as error:
         raise GatewayError(f"the log store does not answer: {error}") from None
+
+
+def _check_port(host: str, port: int) -> None:
     with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -144,6 +154,23 @@ def _deploy(app: Any, name: str, prefix: str, apps: list[str]) -> None:
         serve.run(app, name=name, route_prefix=prefix)
     except RuntimeError as error:
         raise GatewayError(f"{name} did not start: {_cause(error)}") from None
+
+
+def _probe(base: str, seconds: float = 10) -> None:
+    """Wait until the gateway answers. A Serve that ran before keeps the host and port it was started with."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if httpx.get(f"{base}{gateway.HEALTH}", timeout=2).json() == {"status": "ok"}:
+                return
+        except (httpx.HTTPError, ValueError):
+            pass
+        if time.monotonic() > deadline:
+            raise GatewayError(
+                f"the gateway does not answer at {base}. Where Ray Serve ran in this cluster before, it keeps its own "
+                "host and port: pass those, or stop it with `serve shutdown`"
+            )
+        time.sleep(0.1)
 
 
 def _cause(error: RuntimeError) -> str:

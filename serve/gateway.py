@@ -302,6 +302,7 @@ def build(
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=20,
+        graceful_shutdown_wait_loop_s=0.2,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(_GatewayReplica)
     return deployment.bind(rollout, store_url, where)

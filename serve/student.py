@@ -152,6 +152,7 @@ def build(name: str, spec: StudentSpec, open_model: OpenModel = open_local) -> s
         },
         max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.2,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(Student)
     return deployment.bind(name, spec, open_model)

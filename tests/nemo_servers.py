@@ -34,12 +34,16 @@ class Server:
     """An ASGI application in a thread. `requests` has (method, path, body bytes) of everything that arrived."""
 
     def __init__(self) -> None:
-        self.requests: list[tuple[str, str, bytes]] = []
-        self.faults: list[dict[str, Any]] = []
-        self.token: str | None = None
+        self.reset()
         app = Starlette(routes=self.routes())
         self._server = uvicorn.Server(uvicorn.Config(self._guard(app), port=0, log_level="error", lifespan="off"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def reset(self) -> None:
+        """Forget everything; the server goes on."""
+        self.requests: list[tuple[str, str, bytes]] = []
+        self.faults: list[dict[str, Any]] = []
+        self.token: str | None = None
 
     def routes(self) -> list[Any]:
         raise NotImplementedError
@@ -189,18 +193,18 @@ def extra(given: Any, known: Any, where: tuple[str, ...]) -> list[dict[str, Any]
 class HelixServer(Server):
     """Helix 0.8.1 with one workspace, "default", and one base model, "tiny-base", that a provider serves.
 
-    Of the adapters, only those in `virtual_models` have a route of their own (the gateway makes none by itself); all are
-    served by the provider "stub" as `default--name`. `details_at` says where the training step's details are shown:
+    Of the adapters, only those in `virtual_models` have a route of their own (the gateway makes none by itself); all
+    are served by the provider "stub" as `default--name`. `details_at` says where the training step's details are shown:
     "job" (0.8.1 without containers) or "task" (NVIDIA's documentation).
     """
 
-    def __init__(self) -> None:
+    def reset(self) -> None:
+        super().reset()
         self.filesets: dict[str, dict[str, bytes]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
         self.adapters: dict[str, dict[str, Any]] = {}
         self.virtual_models = {"default/tiny-base"}
         self.details_at = "job"
-        super().__init__()
 
     def routes(self) -> list[Any]:
         files, jobs = "/apis/files/v2/workspaces/default", "/apis/customization/v2/workspaces/default/{backend}/jobs"
@@ -392,7 +396,8 @@ class NemoV1Server(Server):
 
     PAGE = 3
 
-    def __init__(self) -> None:
+    def reset(self) -> None:
+        super().reset()
         self.namespaces: set[str] = set()
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
@@ -403,7 +408,6 @@ class NemoV1Server(Server):
         self.upload_mode = "regular"
         self.counts_pages = True
         self.past_end = 404
-        super().__init__()
 
     def routes(self) -> list[Any]:
         jobs = "/v1/customization/jobs"

@@ -19,11 +19,19 @@ from flywheel_ray.analysis import board_of, losses_frame, outcomes_frame, shadow
 from flywheel_ray.candidates import Candidate, InContext, Lora, ZeroShot
 from flywheel_ray.datasets import Dataset, SplitPolicy, build
 from flywheel_ray.errors import LedgerError
+from flywheel_ray.leaderboard import leaderboard
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.records import Completion, Record, ToolCall, from_hit
+from flywheel_ray.report import cost_ratio, dollars
 from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, TrainingSummary
 from flywheel_ray.rollout import Arm, Endpoint, Gates, Rollout, UrlTarget, report
-from flywheel_ray.scoring import FUNCTION_NAME, FUNCTION_NAME_AND_ARGS, SCORER_VERSION, TOOL_CALLING_CORRECTNESS
+from flywheel_ray.scoring import (
+    FUNCTION_NAME,
+    FUNCTION_NAME_AND_ARGS,
+    SCORER_VERSION,
+    SIMILARITY,
+    TOOL_CALLING_CORRECTNESS,
+)
 from flywheel_ray.scoring import score_tool_calls as score
 from flywheel_ray.stores import open_store
 
@@ -281,9 +289,7 @@ def test_shadow_frame_has_a_row_for_each_pair(world: World) -> None:
     )
     assert frame["exact_text"].isna().all()
     timeout = frame[frame["error"].notna()].iloc[0]
-    assert (timeout["error"], timeout[FUNCTION_NAME_AND_ARGS], timeout["arm_answer"]) == ("timeout", 0.0, None) or (
-        timeout["error"] == "timeout" and timeout[FUNCTION_NAME_AND_ARGS] == 0.0
-    )
+    assert (timeout["error"], timeout[FUNCTION_NAME_AND_ARGS]) == ("timeout", 0.0)
     assert np.isnan(timeout["arm_latency_s"])
 
 
@@ -369,6 +375,77 @@ def test_odd_names_draw(world: World, tmp_path: Path) -> None:
         world.dataset,
     )
     assert "a$b$" in path.read_text(encoding="utf-8")
+
+
+def test_a_workload_of_text_without_prices_has_a_page(tmp_path: Path) -> None:
+    """No tools, no latency, no price, an arm that nobody answered: every absent figure is said to be absent."""
+
+    def say(text: str) -> dict[str, Any]:
+        return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+    def ask(i: int, **changes: Any) -> Record:
+        request = {"messages": [{"role": "user", "content": f"Hello {i}"}]}
+        return record(i, **{"request": request, "response": say(f"Good day {i}"), "latency_s": None} | changes)
+
+    dataset = build([ask(i) for i in range(40)], client_id="acme", workload_id="support")
+    candidate = Candidate(model="m", adaptation=ZeroShot())
+    result = Scored(
+        key="k",
+        candidate=candidate,
+        fingerprint=dataset.fingerprint,
+        scorer_version=SCORER_VERSION,
+        judge="llama (LLM)",
+        outcomes=tuple(
+            Outcome(
+                example_id=e.id, conversation=e.conversation, completion=Completion(text="Hi"), scores={SIMILARITY: 0.3}
+            )
+            for e in dataset.eval
+        ),
+        evaluation_s=1.0,
+    )
+    pair = [
+        ask(1, **live(1)),
+        ask(1, **live(1), served_by="s", arm="s", shadow=True, response=say("good  day 1")),
+    ]
+    shadow = shadow_frame(pair)
+    assert shadow["exact_text"].tolist() == [1.0]
+    arms = (Arm(name="s", target=UrlTarget(url="http://h/v1")), Arm(name="idle", target=UrlTarget(url="http://h/v1")))
+    rollout = Rollout(
+        type="rollout",
+        name="demo",
+        client_id="acme",
+        workload_id="support",
+        teacher=Endpoint(url="http://h"),
+        arms=arms,
+    )
+    board = leaderboard([result], dataset.eval)
+    path = write_report(tmp_path / "r.html", board, [result], dataset, report(rollout, pair), shadow)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<svg ") == 2  # quality, and agreement as pairs arrived
+    assert "not priced" in text and "no gates given" in text and "llama (LLM)" in text
+    assert not re.search(r"\bnan\b|\bNone\b(?!: the best candidate)", text)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "said"),
+    [
+        (0.005, 0.96, "192× cheaper"),
+        (0.4, 0.9, "2.2× cheaper"),
+        (1.5, 1.0, "1.5× dearer"),
+        (None, 1.0, "not priced"),
+        (0.0, 1.0, "free"),
+    ],
+)
+def test_cost_ratio(student: float | None, teacher: float | None, said: str) -> None:
+    assert cost_ratio(student, teacher) == said
+
+
+@pytest.mark.parametrize(
+    ("usd", "said"),
+    [(None, "unpriced"), (0.0, "$0.00"), (0.0000512, "$0.0000512"), (0.02, "$0.02"), (1234.5, "$1,234.50")],
+)
+def test_dollars_are_never_in_scientific_notation(usd: float | None, said: str) -> None:
+    assert dollars(usd) == said
 
 
 @pytest.mark.parametrize("missing", ["pandas", "matplotlib"])

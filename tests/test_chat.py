@@ -25,7 +25,7 @@ def server():
 @pytest.fixture
 def upstream(server):
     url, app = server
-    app.__init__()
+    app.reset()
     return url, app
 
 

@@ -64,10 +64,9 @@ class _InProcess:
 class Setup:
     """A teacher, an arm, and how to put a gateway before them."""
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path) -> None:
-        self.stack, self.store = stack, str(folder / "logs.db")
-        self.teacher_url, self.teacher = stack.enter_context(running(Upstream()))
-        self.arm_url, self.arm = stack.enter_context(running(Upstream()))
+    def __init__(self, teacher: tuple[str, Upstream], arm: tuple[str, Upstream], folder: Path) -> None:
+        self.store = str(folder / "logs.db")
+        (self.teacher_url, self.teacher), (self.arm_url, self.arm) = teacher, arm
 
     @contextlib.contextmanager
     def gateway(self, teacher: dict[str, Any] | None = None, **arm: Any) -> Iterator[httpx.Client]:
@@ -84,10 +83,17 @@ class Setup:
             return list(store.scan(LogQuery()))
 
 
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[tuple[str, Upstream]]]:
+    with running(Upstream()) as teacher, running(Upstream()) as arm:
+        yield [teacher, arm]
+
+
 @pytest.fixture
-def setup(tmp_path: Path) -> Iterator[Setup]:
-    with contextlib.ExitStack() as stack:
-        yield Setup(stack, tmp_path)
+def setup(servers: list[tuple[str, Upstream]], tmp_path: Path) -> Setup:
+    for _, upstream in servers:
+        upstream.reset()
+    return Setup(*servers, tmp_path)
 
 
 def ask(client: httpx.Client, **body: Any) -> httpx.Response:
@@ -442,8 +448,9 @@ def open_echo(spec: StudentSpec) -> Iterator[EchoModel]:
     yield EchoModel()
 
 
-@contextlib.contextmanager
-def cluster() -> Iterator[int]:
+@pytest.fixture(scope="module")
+def serve_port() -> Iterator[int]:
+    """Ray with Serve in it, listening on this port."""
     import ray
     from ray import serve as ray_serve
 
@@ -458,11 +465,11 @@ def cluster() -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_a_hanging_arm_disturbs_nobody_and_every_copy_is_accounted_for(setup, tmp_path):
+def test_a_hanging_arm_disturbs_nobody_and_every_copy_is_accounted_for(setup, serve_port):
     setup.arm.mode = "hang"
     arm = {"url": setup.arm_url, "shadow": 1.0, "timeout_s": 1, "queue": 16, "workers": 4}
     config = rollout(setup.teacher_url, {"student": arm})
-    with app.deployed(config, setup.store, port=free_port()) as urls:
+    with app.deployed(config, setup.store, port=serve_port) as urls:
         client = openai.OpenAI(base_url=urls["gateway"], api_key="k", max_retries=0)
 
         def one(i: int) -> float:
@@ -495,7 +502,7 @@ def test_a_hanging_arm_disturbs_nobody_and_every_copy_is_accounted_for(setup, tm
 
 
 @pytest.mark.slow
-def test_an_ab_with_a_hosted_student(setup, tmp_path):
+def test_an_ab_with_a_hosted_student(setup, serve_port, tmp_path):
     """The student answers its users, its refusals fall back, and what it is shown is what it was trained on."""
     import ray.serve
 
@@ -503,39 +510,37 @@ def test_an_ab_with_a_hosted_student(setup, tmp_path):
 
     distilled = Candidate(model="echo", adaptation=Lora(prompt="distilled"))
     spec = StudentSpec(candidate=distilled, platform_root=str(tmp_path), max_batch_size=4, batch_wait_s=0.1)
-    with cluster() as port:
-        ray.serve.run(student.build("s", spec, open_echo), name="student-s", route_prefix="/students/s")
-        url = f"http://127.0.0.1:{port}/students/s/v1"
-        config = rollout(
-            setup.teacher_url, {"s": {"url": url, "weight": 0.5, "shadow": 1.0, "timeout_s": 5}}, unit="user"
+    ray.serve.run(student.build("s", spec, open_echo), name="student-s", route_prefix="/students/s")
+    url = f"http://127.0.0.1:{serve_port}/students/s/v1"
+    config = rollout(setup.teacher_url, {"s": {"url": url, "weight": 0.5, "shadow": 1.0, "timeout_s": 5}}, unit="user")
+    ray.serve.run(gateway.build(config, setup.store), name="gateway", route_prefix="/")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{serve_port}/v1", api_key="k", max_retries=0)
+
+    def served(i: int, text: str = "hi") -> tuple[str, str, str]:
+        messages = [{"role": "user", "content": text}]
+        raw = client.chat.completions.with_raw_response.create(
+            model="m", messages=messages, tools=[TOOL], user=f"u{i % 20}"
         )
-        ray.serve.run(gateway.build(config, setup.store), name="gateway", route_prefix="/")
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0)
+        by = raw.headers["x-flywheel-served-by"]
+        return f"u{i % 20}", by, raw.parse().choices[0].message.content
 
-        def served(i: int, text: str = "hi") -> tuple[str, str, str]:
-            messages = [{"role": "user", "content": text}]
-            raw = client.chat.completions.with_raw_response.create(
-                model="m", messages=messages, tools=[TOOL], user=f"u{i % 20}"
-            )
-            by = raw.headers["x-flywheel-served-by"]
-            return f"u{i % 20}", by, raw.parse().choices[0].message.content
-
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(served, range(80)))
-        by_user = {user: {by for u, by, _ in answers if u == user} for user, _, _ in answers}
-        assert all(len(by) == 1 for by in by_user.values())
-        assert {by for bys in by_user.values() for by in bys} == {"s", TEACHER}
-        said = Counter(text for _, by, text in answers if by == "s")
-        assert all("0 tools, 1 messages, 1 threads" in text for text in said)
-        assert max(int(text.split()[0]) for text in said) > 1  # requests that came together were one batch
-        mine = next(user for user, by in by_user.items() if by == {"s"})
-        assert served(int(mine[1:]), "refuse this")[1] == TEACHER
-        chunks = httpx.post(f"{url}/chat/completions", json={"messages": MESSAGES, "stream": True}).text
-        assert chunks.count("data: ") == 3 and chunks.endswith("data: [DONE]\n\n")
-        assert httpx.post(f"{url}/chat/completions", json={"messages": []}).status_code == 400
-        assert httpx.post(f"{url}/chat/completions", json={"messages": 3}).status_code == 400
-        assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "s"
-        ray.serve.delete("gateway")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(served, range(80)))
+    by_user = {user: {by for u, by, _ in answers if u == user} for user, _, _ in answers}
+    assert all(len(by) == 1 for by in by_user.values())
+    assert {by for bys in by_user.values() for by in bys} == {"s", TEACHER}
+    said = Counter(text for _, by, text in answers if by == "s")
+    assert all("0 tools, 1 messages, 1 threads" in text for text in said)
+    assert max(int(text.split()[0]) for text in said) > 1  # requests that came together were one batch
+    mine = next(user for user, by in by_user.items() if by == {"s"})
+    assert served(int(mine[1:]), "refuse this")[1] == TEACHER
+    chunks = httpx.post(f"{url}/chat/completions", json={"messages": MESSAGES, "stream": True}).text
+    assert chunks.count("data: ") == 3 and chunks.endswith("data: [DONE]\n\n")
+    assert httpx.post(f"{url}/chat/completions", json={"messages": []}).status_code == 400
+    assert httpx.post(f"{url}/chat/completions", json={"messages": 3}).status_code == 400
+    assert httpx.get(f"{url}/models").json()["data"][0]["id"] == "s"
+    ray.serve.delete("gateway")
+    ray.serve.delete("student-s")
     found = report(config, setup.records())
     arm = found.arm("s")
     assert arm.live_failures == {"http_400": 1}

@@ -26,6 +26,10 @@ class Upstream:
     """
 
     def __init__(self, mode: str = "normal", delay_s: float = 0.0) -> None:
+        self.reset(mode, delay_s)
+
+    def reset(self, mode: str = "normal", delay_s: float = 0.0) -> None:
+        """Begin anew."""
         self.mode, self.delay_s = mode, delay_s
         self.script: list[tuple[int, dict[str, str]]] = []
         self.seen: list[dict[str, Any]] = []

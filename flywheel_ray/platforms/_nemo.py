@@ -31,6 +31,7 @@ from flywheel_ray.values import content_hash
 
 MAX_BACKOFF_S = 30.0
 _SHOWN = 400
+NAME_LIMIT = 48
 _NAME = re.compile(r"[a-z](?!.*--)[a-z0-9.-]{1,47}(?<!-)")
 
 

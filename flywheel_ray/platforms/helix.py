@@ -320,9 +320,7 @@ def _training_details(status: Mapping[str, Any]) -> dict[str, Any]:
     tasks = [t for s in steps for t in s.get("tasks") or [] if isinstance(t, dict)]
     found: dict[str, Any] = {}
     for part in (*tasks, *steps, status):
-        details = part.get("status_details") or {}
-        # An empty series of the whole job must not hide the task's.
-        found |= {k: v for k, v in details.items() if v not in (None, {}, [])}
+        found |= part.get("status_details") or {}
     return found
 
 
