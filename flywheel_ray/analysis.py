@@ -12,15 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from flywheel_ray.datasets import Dataset
-from flywheel_ray.errors import FlywheelError, LedgerError
-from flywheel_ray.leaderboard import Leaderboard, LeaderboardSettings, Row, leaderboard
+from flywheel_ray.errors import FlywheelError
+from flywheel_ray.leaderboard import Row
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.records import Record
 from flywheel_ray.report import answer_text, prompt_text, write_report
-from flywheel_ray.results import Failed, Price, Scored
+from flywheel_ray.results import Failed, Scored
 from flywheel_ray.rollout import EXACT_TEXT, pairs_of
 from flywheel_ray.scoring import FUNCTION_NAME, FUNCTION_NAME_AND_ARGS
 
@@ -33,8 +30,6 @@ except ModuleNotFoundError as missing:
 
 __all__ = [
     "answer_text",
-    "board_of",
-    "latest",
     "losses_frame",
     "outcomes_frame",
     "prompt_text",
@@ -43,33 +38,7 @@ __all__ = [
     "write_report",
 ]
 
-_PRICES: TypeAdapter[dict[str, Price]] = TypeAdapter(dict[str, Price])
 _PAIR_METRICS = (FUNCTION_NAME_AND_ARGS, FUNCTION_NAME, EXACT_TEXT)
-
-
-def latest(ledger: Ledger) -> str:
-    """The fingerprint of the dataset whose results were written last.
-
-    Raises:
-        LedgerError: the ledger is empty.
-    """
-    known = ledger.fingerprints()
-    if not known:
-        raise LedgerError(f"ledger {ledger.url} has no results; run `flywheel sweep configs/sweeps/….yaml` first")
-    return known[-1]
-
-
-def board_of(ledger: Ledger, dataset: Dataset) -> Leaderboard:
-    """The leaderboard of the latest sweep on a dataset, ranked and priced as that sweep's configuration says.
-
-    Raises:
-        LedgerError: the ledger has no result on this dataset.
-    """
-    sweep = ledger.sweep(dataset.fingerprint) or {}
-    at_most = sweep.get("config", {}).get("max_eval_records")
-    return _rank(
-        ledger, dataset.fingerprint, _results(ledger, dataset.fingerprint, sweep.get("keys")), dataset, at_most
-    )
 
 
 def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame:
@@ -85,9 +54,9 @@ def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
         ledger: where the results are.
         fingerprint: of the dataset; None takes the one whose results were written last.
     """
-    fingerprint = fingerprint or latest(ledger)
-    results = {result.key: result for result in _results(ledger, fingerprint)}
-    board = _rank(ledger, fingerprint, list(results.values()))
+    fingerprint = fingerprint or ledger.latest()
+    results = {result.key: result for result in ledger.results(fingerprint)}
+    board = ledger.board(fingerprint, every=True)
     recent = (ledger.sweep(fingerprint) or {}).get("keys", list(results))
     rows = [_trial(results[row.key]) | _figures(row) for row in board.rows] + [
         _trial(failed) for failed in board.failed
@@ -109,7 +78,7 @@ def outcomes_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFra
     """
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
-    for result in _results(ledger, fingerprint or latest(ledger)):
+    for result in ledger.results(fingerprint or ledger.latest()):
         if isinstance(result, Failed):
             continue
         metrics |= dict.fromkeys(result.metrics())
@@ -139,7 +108,7 @@ def losses_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
     (nats per target token).
     """
     rows = []
-    for result in _results(ledger, fingerprint or latest(ledger)):
+    for result in ledger.results(fingerprint or ledger.latest()):
         if isinstance(result, Failed) or result.training is None:
             continue
         series = {"train": result.training.train_losses, "validation": result.training.validation_losses}
@@ -180,28 +149,6 @@ def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
     figures = [*_PAIR_METRICS, "teacher_latency_s", "arm_latency_s", "teacher_tokens", "arm_tokens"]
     words = ["error", "prompt", "teacher_answer", "arm_answer"]
     return _numeric(pd.DataFrame(rows, columns=["exchange_id", "arm", "timestamp", *figures, *words]), figures)
-
-
-def _results(ledger: Ledger, fingerprint: str, keys: list[str] | None = None) -> list[Scored | Failed]:
-    found = [r for r in ledger.results(fingerprint) if keys is None or r.key in keys]
-    if not found:
-        known = ", ".join(ledger.fingerprints()) or "none"
-        raise LedgerError(f"ledger {ledger.url} has no results on dataset {fingerprint}; it has results on: {known}")
-    return found
-
-
-def _rank(
-    ledger: Ledger,
-    fingerprint: str,
-    results: list[Scored | Failed],
-    dataset: Dataset | None = None,
-    at_most: int | None = None,
-) -> Leaderboard:
-    config = (ledger.sweep(fingerprint) or {}).get("config", {})
-    how = LeaderboardSettings.model_validate(config.get("leaderboard", {}))
-    prices = _PRICES.validate_python(config.get("prices", {}))
-    evaluation = dataset.eval[:at_most] if dataset else ()
-    return leaderboard(results, evaluation, how.metric, prices, how.margin, how.confidence)
 
 
 def _trial(result: Scored | Failed) -> dict[str, Any]:

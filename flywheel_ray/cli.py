@@ -24,11 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from flywheel_ray import __version__
-from flywheel_ray.config import Places, SweepConfig, load, parse
+from flywheel_ray.config import Places, SweepConfig, load
 from flywheel_ray.datasets import Dataset, SplitPolicy, build
 from flywheel_ray.datasets import load as load_dataset
 from flywheel_ray.errors import ConfigError, DatasetError, FlywheelError, LedgerError
-from flywheel_ray.leaderboard import Leaderboard, Row, leaderboard
+from flywheel_ray.leaderboard import Leaderboard, Row
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.progress import SweepProgress
 from flywheel_ray.records import TEACHER, Record
@@ -278,44 +278,20 @@ def _failure(results: Sequence[Scored | Failed]) -> str:
 
 
 def _fingerprint(ledger: Ledger, prefix: str | None) -> str:
-    known = ledger.fingerprints()
-    if not known:
-        raise LedgerError(f"ledger {ledger.url} has no results; run `flywheel sweep configs/sweeps/….yaml` first")
     if prefix is None:
-        return known[-1]
+        return ledger.latest()
+    known = ledger.fingerprints()
     found = [name for name in known if name.startswith(prefix)]
     if len(found) != 1:
-        raise LedgerError(
-            f"{len(found)} datasets in ledger {ledger.url} start with {prefix!r}; it has {', '.join(known)}"
-        )
+        listed = ", ".join(known) or "none"
+        raise LedgerError(f"{len(found)} datasets in ledger {ledger.url} start with {prefix!r}; it has {listed}")
     return found[0]
-
-
-def _results(ledger: Ledger, fingerprint: str) -> list[Scored | Failed]:
-    """The trials of the latest sweep on a dataset."""
-    sweep = ledger.sweep(fingerprint)
-    keys = sweep["keys"] if sweep else None
-    return [r for r in ledger.results(fingerprint) if keys is None or r.key in keys]
 
 
 def _board(places: Places, prefix: str | None) -> Leaderboard:
     ledger = Ledger(places.ledger)
     fingerprint = _fingerprint(ledger, prefix)
-    sweep = ledger.sweep(fingerprint)
-    results = _results(ledger, fingerprint)
-    evaluation = load_dataset(places.datasets / fingerprint).eval
-    if sweep is None:
-        return leaderboard(results, evaluation)
-    config = parse(sweep["config"], SweepConfig, f"{ledger.url}/{fingerprint}/sweep.json")
-    how = config.leaderboard
-    return leaderboard(
-        results,
-        evaluation[: config.max_eval_records],
-        metric=how.metric,
-        prices=config.prices,
-        margin=how.margin,
-        confidence=how.confidence,
-    )
+    return ledger.board(fingerprint, load_dataset(places.datasets / fingerprint).eval)
 
 
 @app.command("leaderboard")
@@ -515,14 +491,14 @@ def report(
     places = _places(runs, store)
     board = _board(places, fingerprint)
     dataset = load_dataset(places.datasets / board.fingerprint)
-    live, shadow = None, None
+    live, shadow, gates = None, None, None
     if rollout_config is not None:
         rollout = load(rollout_config, Rollout)
-        live = _rollout_report(places, rollout)
+        live, gates = _rollout_report(places, rollout), rollout.gates
         shadow = shadow_frame(_rollout_records(places, rollout))
-    results = _results(Ledger(places.ledger), board.fingerprint)
+    results = Ledger(places.ledger).swept(board.fingerprint)
     path = write_report(
-        output or places.runs / "report.html", board, results, dataset, rollout_report=live, shadow=shadow
+        output or places.runs / "report.html", board, results, dataset, rollout_report=live, shadow=shadow, gates=gates
     )
     print(path)
 

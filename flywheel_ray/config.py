@@ -66,6 +66,35 @@ class LocalPlatformConfig(Value):
     """A torch device such as "cuda"; None takes a GPU where the trial was given one, else the CPU."""
 
 
+class HelixPlatformConfig(Value):
+    """Fine-tune and answer through NeMo Helix (`/apis`); see `platforms/helix.py` for what has been run."""
+
+    type: Literal["helix"] = "helix"
+    base_url: str
+    workspace: str = "default"
+    backend: str = "automodel"
+    api_key_env: str | None = None
+    max_seq_length: int = Field(default=4096, ge=1)
+
+
+class NemoV1PlatformConfig(Value):
+    """Fine-tune and answer through NeMo Microservices 25.x (`/v1`), which has three origins."""
+
+    type: Literal["nemo_v1"] = "nemo_v1"
+    nemo_url: str
+    datastore_url: str
+    nim_url: str
+    namespace: str = "flywheel"
+    num_gpus: int = Field(default=1, ge=1)
+    api_key_env: str | None = None
+    max_seq_length: int = Field(default=4096, ge=1)
+
+
+PlatformConfig = Annotated[
+    LocalPlatformConfig | HelixPlatformConfig | NemoV1PlatformConfig, Field(discriminator="type")
+]
+
+
 class RubricJudgeConfig(Value):
     """Judge by offline rules; the leaderboard says that it is no LLM."""
 
@@ -102,7 +131,7 @@ class SweepConfig(Value):
     workload: WorkloadName
     split: SplitPolicy = SplitPolicy()
     search: SearchSpace
-    platform: LocalPlatformConfig = LocalPlatformConfig()
+    platform: PlatformConfig = LocalPlatformConfig()
     judge: JudgeConfig = RubricJudgeConfig()
     generation: Generation = Generation()
     max_eval_records: int | None = Field(default=None, ge=1)

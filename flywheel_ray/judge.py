@@ -1,4 +1,4 @@
-"""A judge scores what programs cannot: rubric → messages for a model, and its reply → a Score, or unscored with the reason.
+"""A judge scores what programs cannot: rubric → messages for a model, its reply → a Score, or unscored and why.
 
     judge = LlmJudge(ask, name="llama-3.3-70b")        # ask: messages in, reply texts out; any endpoint
     judge = RubricJudge()                              # offline, and plainly no LLM

@@ -78,9 +78,7 @@ def leaderboard(
     """
     fingerprints = {r.fingerprint for r in results}
     if len(fingerprints) != 1:
-        raise LedgerError(
-            f"a leaderboard compares results of one dataset; these are of {len(fingerprints)}: name one"
-        )
+        raise LedgerError(f"a leaderboard compares results of one dataset; these are of {len(fingerprints)}: name one")
     prices = prices or {}
     scored = [r for r in results if isinstance(r, Scored)]
     carried = list(dict.fromkeys(name for r in scored for name in r.metrics()))
@@ -167,7 +165,7 @@ def _recommend(rows: Sequence[Row], metric: str, margin: float) -> tuple[str | N
         assert best.quality
         return best.key, (
             f"{best.label} is within {margin:.0%} of the teacher: {metric} {best.quality.estimate:.3f}, "
-            f"95% interval from {best.quality.low:.3f}, on {best.quality.n} held-out records."
+            f"{best.quality.confidence:.0%} interval from {best.quality.low:.3f}, on {best.quality.n} held-out records."
         )
     first = ranked[0]
     assert first.quality
@@ -178,7 +176,7 @@ def _recommend(rows: Sequence[Row], metric: str, margin: float) -> tuple[str | N
             f"{bar:.3f} is neither shown nor excluded."
         )
     return None, (
-        f"None: the best candidate, {first.label}, scores {first.quality.estimate:.3f} "
+        f"No candidate is good enough: the best, {first.label}, scores {first.quality.estimate:.3f} "
         f"[{first.quality.low:.3f}, {first.quality.high:.3f}], below {bar:.3f}."
     )
 

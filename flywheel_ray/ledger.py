@@ -11,15 +11,20 @@ final; a `Failed` one is kept for reading and run again next time.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from flywheel_ray.datasets import Example
 from flywheel_ray.errors import LedgerError
-from flywheel_ray.results import TRIAL_RESULT, Failed, Scored
+from flywheel_ray.leaderboard import Leaderboard, LeaderboardSettings, leaderboard
+from flywheel_ray.results import TRIAL_RESULT, Failed, Price, Scored
 from flywheel_ray.values import canonical_json
+
+_PRICES: TypeAdapter[dict[str, Price]] = TypeAdapter(dict[str, Price])
 
 
 class Ledger:
@@ -81,6 +86,44 @@ class Ledger:
         }
         return sorted((name for name in folders if newest[name] > 0), key=lambda name: newest[name])
 
+    def latest(self) -> str:
+        """The fingerprint of the dataset whose results were written last. Raises LedgerError where there is none."""
+        if known := self.fingerprints():
+            return known[-1]
+        raise LedgerError(f"ledger {self.url} has no results; run `flywheel sweep configs/sweeps/….yaml` first")
+
+    def board(self, fingerprint: str, evaluation: Sequence[Example] = (), every: bool = False) -> Leaderboard:
+        """The leaderboard of the latest sweep on a dataset, ranked and priced as that sweep's configuration says.
+
+        Args:
+            fingerprint: of the dataset.
+            evaluation: its evaluation split, for the teacher's latency, tokens and cost.
+            every: also rank trials of earlier sweeps, which may have answered other examples.
+
+        Raises:
+            LedgerError: there is no result on this dataset.
+        """
+        sweep = self.sweep(fingerprint) or {}
+        config = sweep.get("config", {})
+        results = self.results(fingerprint) if every else self.swept(fingerprint)
+        if not results:
+            known = ", ".join(self.fingerprints()) or "none"
+            raise LedgerError(f"ledger {self.url} has no results on dataset {fingerprint}; it has results on: {known}")
+        how = LeaderboardSettings.model_validate(config.get("leaderboard", {}))
+        return leaderboard(
+            results,
+            evaluation[: config.get("max_eval_records")],
+            metric=how.metric,
+            prices=_PRICES.validate_python(config.get("prices", {})),
+            margin=how.margin,
+            confidence=how.confidence,
+        )
+
+    def swept(self, fingerprint: str) -> list[Scored | Failed]:
+        """The results of the latest sweep on a dataset; all results where no sweep is kept."""
+        keys = (self.sweep(fingerprint) or {}).get("keys")
+        return [r for r in self.results(fingerprint) if keys is None or r.key in keys]
+
     def find(self, prefix: str) -> Scored:
         """The one scored trial whose key starts with `prefix`, on any dataset.
 
@@ -136,7 +179,7 @@ class Ledger:
             return TRIAL_RESULT.validate_json(text)
         except ValidationError as error:
             raise LedgerError(
-                f"ledger {self.url}: {name} is damaged ({error.error_count()} errors); delete its folder to run it again"
+                f"ledger {self.url}: {name} is damaged ({error.error_count()} errors); delete its folder to rerun it"
             ) from None
 
     def _folders(self, name: str) -> list[str]:

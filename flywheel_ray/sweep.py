@@ -18,7 +18,7 @@ from typing import Any
 
 from flywheel_ray import __version__
 from flywheel_ray.candidates import Candidate, candidates_of
-from flywheel_ray.config import LlmJudgeConfig, Places, SweepConfig
+from flywheel_ray.config import HelixPlatformConfig, LlmJudgeConfig, LocalPlatformConfig, Places, SweepConfig
 from flywheel_ray.datasets import Dataset, load
 from flywheel_ray.errors import FlywheelError
 from flywheel_ray.judge import LlmJudge, Messages, RubricJudge
@@ -63,9 +63,19 @@ def judge_of(config: SweepConfig) -> Judge:
 
 def platform_of(config: SweepConfig, places: Places) -> Platform:
     """The platform that the configuration names."""
-    from flywheel_ray.platforms.local import LocalPlatform
+    chosen = config.platform
+    if isinstance(chosen, LocalPlatformConfig):
+        from flywheel_ray.platforms.local import LocalPlatform
 
-    return LocalPlatform(places.platform, threads=max(1, int(config.resources.cpus)), device=config.platform.device)
+        return LocalPlatform(places.platform, threads=max(1, int(config.resources.cpus)), device=chosen.device)
+    settings = chosen.model_dump(exclude={"type"})
+    if isinstance(chosen, HelixPlatformConfig):
+        from flywheel_ray.platforms.helix import HelixPlatform
+
+        return HelixPlatform(**settings)
+    from flywheel_ray.platforms.nemo_v1 import NemoV1Platform
+
+    return NemoV1Platform(**settings)
 
 
 def settings_of(config: SweepConfig) -> TrialSettings:
@@ -131,7 +141,8 @@ def connect(places: Places) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, configure_logging=False)
         else:
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+            # "local": without it Ray would join a cluster that some other user's process has left an address of.
+            ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     except Exception as error:
         raise FlywheelError(f"Ray cannot be reached or started: {str(error).splitlines()[0]}") from error
 

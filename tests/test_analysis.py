@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from flywheel_ray.analysis import board_of, losses_frame, outcomes_frame, shadow_frame, trials_frame, write_report
+from flywheel_ray.analysis import losses_frame, outcomes_frame, shadow_frame, trials_frame, write_report
 from flywheel_ray.candidates import Candidate, InContext, Lora, ZeroShot
 from flywheel_ray.datasets import Dataset, SplitPolicy, build
 from flywheel_ray.errors import LedgerError
@@ -225,7 +225,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def page(world: World) -> Path:
     return write_report(
         world.runs / "out" / "report.html",
-        board_of(world.ledger, world.dataset),
+        world.ledger.board(world.dataset.fingerprint, world.dataset.eval),
         world.results,
         world.dataset,
         rollout_report=report(world.rollout, world.records),
@@ -239,7 +239,7 @@ def page(world: World) -> Path:
 
 def test_trials_frame_has_the_leaderboards_figures(world: World) -> None:
     frame = trials_frame(world.ledger)
-    board = board_of(world.ledger, world.dataset)
+    board = world.ledger.board(world.dataset.fingerprint, world.dataset.eval)
     assert len(frame) == len(world.results)
     assert list(frame["key"][:-1]) == [row.key for row in board.rows]
     best = frame.iloc[0]
@@ -310,7 +310,7 @@ def test_the_page_has_every_candidate_and_the_decisions(world: World, page: Path
     text = page.read_text(encoding="utf-8")
     for result in world.results:
         assert result.candidate.label in text
-    board = board_of(world.ledger, world.dataset)
+    board = world.ledger.board(world.dataset.fingerprint, world.dataset.eval)
     assert board.winner and html.escape(board.verdict) in text
     assert "failed at training: out of memory &lt;oom&gt;" in text
     assert "rubric (offline rules, no LLM)" in text
@@ -339,7 +339,7 @@ def test_ids_are_unique(page: Path) -> None:
 
 
 def test_writing_again_gives_the_same_page_and_leaves_nothing_beside_it(world: World, tmp_path: Path) -> None:
-    board = board_of(world.ledger, world.dataset)
+    board = world.ledger.board(world.dataset.fingerprint, world.dataset.eval)
     pages = [write_report(tmp_path / "report.html", board, world.results, world.dataset).read_bytes() for _ in range(2)]
     assert pages[0] == pages[1]
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
@@ -347,7 +347,7 @@ def test_writing_again_gives_the_same_page_and_leaves_nothing_beside_it(world: W
 
 def test_a_sweep_of_failures_has_a_page(world: World, tmp_path: Path) -> None:
     failures = [r for r in world.results if isinstance(r, Failed)]
-    board = board_of(world.ledger, world.dataset).model_copy(
+    board = world.ledger.board(world.dataset.fingerprint, world.dataset.eval).model_copy(
         update={"rows": (), "winner": None, "judge": "", "verdict": "No candidate was scored."}
     )
     text = write_report(tmp_path / "r.html", board, failures, world.dataset).read_text(encoding="utf-8")
@@ -357,7 +357,9 @@ def test_a_sweep_of_failures_has_a_page(world: World, tmp_path: Path) -> None:
 
 
 def test_a_board_of_another_dataset_is_refused(world: World, tmp_path: Path) -> None:
-    board = board_of(world.ledger, world.dataset).model_copy(update={"fingerprint": "0" * 16})
+    board = world.ledger.board(world.dataset.fingerprint, world.dataset.eval).model_copy(
+        update={"fingerprint": "0" * 16}
+    )
     with pytest.raises(LedgerError, match="not of"):
         write_report(tmp_path / "r.html", board, world.results, world.dataset)
 
@@ -366,7 +368,7 @@ def test_odd_names_draw(world: World, tmp_path: Path) -> None:
     """Dollars, lone surrogates, other scripts and long names, as a model or a tool may be called."""
     odd = Candidate(model="a$b$ \\frac 模型 <i> " + "x" * 90, adaptation=Lora())
     result = scored(world.dataset, odd, 0.5, 0.1)
-    board = board_of(world.ledger, world.dataset)
+    board = world.ledger.board(world.dataset.fingerprint, world.dataset.eval)
     row = board.rows[0].model_copy(update={"label": odd.label, "key": result.key})
     path = write_report(
         tmp_path / "r.html",

@@ -29,7 +29,9 @@ def test_ranks_by_the_metric_and_lists_the_failed_without_a_score() -> None:
     assert board.teacher.cost.latency_p50_s and board.teacher.cost.prompt_tokens == 100
 
 
-@pytest.mark.parametrize(("right", "winner", "words"), [(1.0, "k1", "is within"), (0.5, None, "None")])
+@pytest.mark.parametrize(
+    ("right", "winner", "words"), [(1.0, "k1", "is within"), (0.5, None, "No candidate is good enough")]
+)
 def test_recommends_only_what_is_shown(right: float, winner: str | None, words: str) -> None:
     board = leaderboard([scored(BIG, right=right)], BIG.eval, margin=0.02)
     assert board.winner == winner

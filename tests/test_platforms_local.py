@@ -402,6 +402,11 @@ class TestLocal(PlatformContract):
         job = platform.submit_training("abandoned", model, one_epoch, dataset)
         assert finished(platform, job).train_records == 4
 
+    def test_another_process_may_ask_to_cancel(self, platform: LocalPlatform, model: str, dataset: str) -> None:
+        job = platform.submit_training("asked", model, LORA.model_copy(update={"epochs": 500}), dataset)
+        JobFolder(platform.root / "jobs" / job).cancel_request.touch()
+        assert finished(platform, job, timeout_s=30).state == "cancelled"
+
     def test_chat_while_training_disturbs_neither(self, platform: LocalPlatform, model: str, dataset: str) -> None:
         import torch
 

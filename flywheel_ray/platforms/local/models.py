@@ -29,7 +29,6 @@ from transformers.utils import logging as transformers_logging
 
 from flywheel_ray.errors import PlatformError
 
-DEFAULT_CACHE = Path("~/.cache/flywheel-ray")
 SOURCE_FILE = "flywheel-source.json"
 
 TURN_TEMPLATE = (
