@@ -86,7 +86,7 @@ def main() -> None:
         base_url = f"http://127.0.0.1:{options.port}/v1"
         sent = ask(base_url, load_dataset(Path(folder)), options.requests)
         print(f"{sent} held-out requests answered through {base_url}")
-        drain(f"http://127.0.0.1:{options.port}/status")
+        drain(f"http://127.0.0.1:{options.port}/metrics.json")
     flywheel("rollout", "report", options.rollout)
 
     step("5. Report", started)
@@ -164,7 +164,7 @@ def ask(base_url: str, dataset: Dataset, count: int) -> int:
     for i, example in enumerate(examples):
         tools = {"tools": list(example.tools)} if example.tools else {}
         client.chat.completions.create(model="teacher", messages=list(example.messages), **tools)  # type: ignore[call-overload]
-        if (i + 1) % 20 == 0:
+        if (i + 1) % 20 == 0 or i + 1 == len(examples):
             print(f"  {i + 1} of {len(examples)}", flush=True)
     return len(examples)
 
@@ -173,7 +173,9 @@ def drain(status: str, wait_s: float = 240) -> None:
     """Wait until the shadows have answered what is queued for them."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
-        if httpx.get(status, timeout=10).json()["pending"] == 0:
+        seen = httpx.get(status, timeout=10).json()
+        copies = [arm["shadow"] for arm in seen["arms"].values()]
+        if not any(copy["waiting"] for copy in copies) and not seen["log"]["queued"]:
             return
         time.sleep(1)
 

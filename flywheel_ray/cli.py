@@ -209,7 +209,14 @@ def _build(places: Places, client: str, workload: str, policy: SplitPolicy) -> D
         columns = (TextColumn("dataset"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=err, transient=True) as bar:
             records: Iterator[Record] = iter(bar.track(log_store.scan(query), total=total))
-            return build(records, policy, client_id=client, workload_id=workload)
+            return build(
+                records,
+                policy,
+                client_id=client,
+                workload_id=workload,
+                source=type(log_store).__name__,
+                query=query.model_dump(exclude_none=True),
+            )
 
 
 def _show_dataset(dataset: Dataset) -> None:

@@ -78,6 +78,11 @@ def platform_of(config: SweepConfig, places: Places) -> Platform:
     return NemoV1Platform(**settings)
 
 
+def resources_of(config: SweepConfig) -> dict[str, float]:
+    """What Ray Tune reserves for each trial; GPUs may be fractions."""
+    return {"cpu": config.resources.cpus, "gpu": config.resources.gpus}
+
+
 def settings_of(config: SweepConfig) -> TrialSettings:
     """What all trials of the sweep share."""
     return TrialSettings(
@@ -159,7 +164,7 @@ def _tune(config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[s
         task.run(Candidate.model_validate(space["candidate"]))
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": config.resources.cpus, "gpu": config.resources.gpus}),
+        tune.with_resources(trainable, resources_of(config)),
         param_space={"candidate": tune.grid_search([c.model_dump(mode="json") for c in waiting.values()])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=config.max_concurrent,

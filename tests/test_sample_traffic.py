@@ -7,17 +7,14 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from experiments import sample_teacher, sample_traffic
@@ -25,6 +22,7 @@ from experiments.sample_grammar import PARAMETERS, missing, phrases
 from experiments.sample_phrases import ASKS, CHAT, UNSURE
 from experiments.sample_traffic import TOOLS, answer, generate
 from flywheel_ray.records import Record, parse_line
+from tests.servers import serving
 
 Message = dict[str, Any]
 
@@ -148,24 +146,6 @@ def test_the_teacher_calls_only_offered_tools() -> None:
 
 
 # ── the server ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def serving(application: Any) -> Iterator[str]:
-    """Run an ASGI application on a free port in a thread; gives its base URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + 20
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.02)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(10)
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,16 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-from flywheel_ray.config import LlmJudgeConfig, Places, SweepConfig, parse
+from flywheel_ray.config import Places, SweepConfig, load, parse
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.results import Scored
-from flywheel_ray.sweep import judge_of, settings_of
+from flywheel_ray.sweep import judge_of, platform_of, resources_of, settings_of
+from tests.servers import serving
 from tests.values import dataset
 
 ROOT = Path(__file__).parent.parent
@@ -47,19 +52,48 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **more}
 
 
-def test_judges_by_configuration() -> None:
+def config_of(**changes: Any) -> SweepConfig:
     base: dict[str, Any] = {
         "type": "sweep",
         "name": "n",
         "workload": {"client_id": "c", "workload_id": "w"},
         "search": {"models": "m", "adaptations": [{"type": "zero_shot"}]},
     }
-    assert "no LLM" in judge_of(parse(base, SweepConfig, "x")).name
-    llm = {**base, "judge": {"type": "llm", "url": "http://127.0.0.1:9/v1", "model": "j"}}
-    config = parse(llm, SweepConfig, "x")
-    assert isinstance(config.judge, LlmJudgeConfig)
-    assert judge_of(config).name == "j (LLM)"
-    assert settings_of(config).judge == "j (LLM)"
+    return parse({**base, **changes}, SweepConfig, "x")
+
+
+def test_an_llm_judge_behind_an_endpoint() -> None:
+    """The configured judge is asked over HTTP, and a reply without a rating is unscored."""
+    asked = []
+
+    async def reply(request: Request) -> JSONResponse:
+        body = await request.json()
+        asked.append(body)
+        text = "RATING: 1" if "card_arrival" in body["messages"][-1]["content"] else "I would rather not say."
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return JSONResponse({"choices": [choice]})
+
+    with serving(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as url:
+        config = config_of(judge={"type": "llm", "url": f"{url}/v1", "model": "j"})
+        judge = judge_of(config)
+        examples = dataset(30).eval
+        found = judge.score(examples, [e.reference for e in examples])
+    queues = [e.reference.tool_calls[0].arguments for e in examples]
+    assert [s.value for s in found] == [1.0 if q == {"queue": "card_arrival"} else None for q in queues]
+    assert len(asked) == len(examples) and asked[0]["model"] == "j"
+    assert settings_of(config).judge == judge.name == "j (LLM)"
+    assert "no LLM" in judge_of(config_of()).name
+
+
+def test_what_a_gpu_sweep_asks_of_ray_and_of_its_platform(tmp_path: Path) -> None:
+    gpu = load(ROOT / "configs/sweeps/gpu.yaml", SweepConfig)
+    assert resources_of(gpu) == {"cpu": 4.0, "gpu": 1.0}
+    places = Places(runs=tmp_path, store="")
+    assert type(platform_of(gpu, places)).__name__ == "LocalPlatform"
+    helix = load(ROOT / "configs/sweeps/helix.yaml", SweepConfig)
+    assert type(platform_of(helix, places)).__name__ == "HelixPlatform"
+    v1 = {"type": "nemo_v1", "nemo_url": "http://a", "datastore_url": "http://b", "nim_url": "http://c"}
+    assert type(platform_of(config_of(platform=v1), places)).__name__ == "NemoV1Platform"
 
 
 @pytest.fixture(scope="module")
@@ -147,29 +181,71 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 def test_the_same_sweep_as_a_ray_job(swept: tuple[Path, Path, Path], head: dict[str, str], tmp_path: Path) -> None:
-    """Through `ray job submit` the leaderboard is the same to the digit, latency and cost aside."""
+    """Through `ray job submit`, stopped and submitted again, the scores are the same to the digit."""
     runs, config, folder = swept
-    job = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", str(ROOT / "experiments"), "--"]
-    done = subprocess.run(
-        [*job, sys.executable, "sweep.py", *command(tmp_path, config, folder)[1:]],
-        env=head,
+    ray = str(Path(sys.executable).parent / "ray")
+
+    def submit(*options: str) -> subprocess.CompletedProcess[str]:
+        job = [
+            ray,
+            "job",
+            "submit",
+            "--working-dir",
+            str(ROOT / "experiments"),
+            *options,
+            "--",
+            sys.executable,
+            "sweep.py",
+        ]
+        return subprocess.run(
+            [*job, *command(tmp_path, config, folder)[1:]], env=head, capture_output=True, text=True, timeout=400
+        )
+
+    def finished() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in tmp_path.glob("ledger/*/*/result.json")}
+
+    started = submit("--no-wait", "--submission-id", "first")
+    assert started.returncode == 0, started.stdout + started.stderr
+    deadline = time.monotonic() + 240
+    while not finished():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    subprocess.run([ray, "job", "stop", "first"], env=head, capture_output=True, check=True, timeout=60)
+    before = finished()
+
+    done = submit()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(before)} finished before" in done.stdout + done.stderr
+    assert {p: t for p, t in finished().items() if p in before} == before
+    assert scores(tmp_path) == scores(runs)
+
+
+def scores(runs: Path) -> dict[str, Any]:
+    """Every score with its interval, by key, as `flywheel leaderboard --json` gives them."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "flywheel_ray.cli", "leaderboard", "--json", "--runs", str(runs)],
+        cwd=ROOT,
+        env=environment(),
         capture_output=True,
         text=True,
-        timeout=400,
+        check=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 trials in" in done.stdout + done.stderr
+    return {row["key"]: row["scores"] for row in json.loads(shown.stdout)["rows"]}
 
-    def scores(places: Path) -> dict[str, Any]:
-        shown = subprocess.run(
-            [sys.executable, "-m", "flywheel_ray.cli", "leaderboard", "--json", "--runs", str(places)],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        board = json.loads(shown.stdout)
-        return {row["key"]: row["scores"] for row in board["rows"]}
 
-    assert scores(tmp_path) == scores(runs)
+@pytest.mark.slow
+def test_a_model_that_is_not_there_fails_every_trial_and_the_command(tmp_path: Path) -> None:
+    config = tmp_path / "absent.yaml"
+    config.write_text(SWEEP.replace("smollm2-135m", "no-such-model"))
+    folder = dataset(80).save(tmp_path / "datasets")
+    done = subprocess.run(
+        [sys.executable, *command(tmp_path, config, folder)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: every trial failed") and "no-such-model" in last
+    assert "Traceback" not in done.stderr

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import pytest
 
 from flywheel_ray.candidates import Candidate, InContext, Lora, ZeroShot
-from flywheel_ray.datasets import Example
+from flywheel_ray.datasets import Example, build
 from flywheel_ray.errors import PlatformError, PlatformUnavailable
 from flywheel_ray.judge import RubricJudge
-from flywheel_ray.records import Completion, ToolCall
+from flywheel_ray.records import Completion, Record, ToolCall, from_hit
 from flywheel_ray.results import Failed, LossPoint, Scored
 from flywheel_ray.services import ChatPrompt, Generation, Services, TrainingStatus, Unanswered
 from flywheel_ray.trial import Progress, TrialSettings, run_trial, trial_key
-from tests.values import dataset
+from tests.values import dataset, hit
 
 DATASET = dataset(60)
 SETTINGS = TrialSettings(poll_s=0.001)
@@ -101,6 +101,33 @@ def test_distilled_training_never_sees_the_tools_and_full_does() -> None:
         assert isinstance(result, Scored) and result.training and result.training.validation_losses
         assert len(platform.rows) == 5
         assert {len(row.tools) for row in platform.rows} == {tools}
+
+
+def test_a_text_workload_is_scored_by_similarity() -> None:
+    hits = [hit(i, request={"messages": [{"role": "user", "content": f"Summarise ticket {i}"}]}) for i in range(30)]
+    for i, line in enumerate(hits):
+        line["response"] = {"choices": [{"message": {"role": "assistant", "content": f"Ticket {i} is about a card"}}]}
+    records = [from_hit(line) for line in hits]
+    texts = build([r for r in records if isinstance(r, Record)], client_id="acme", workload_id="router")
+    answers = {e.messages[-1]["content"]: Completion(text="It is about a card") for e in texts.eval}
+
+    class Terse(Parrot):
+        def complete(
+            self, prompts: Sequence[ChatPrompt], on_done: Callable[[int], None] | None = None
+        ) -> list[Completion | Unanswered]:
+            return [answers[p.messages[-1]["content"]] for p in prompts]
+
+    class Platform(SeamPlatform):
+        @contextmanager
+        def chat(self, model: str, adapter: str | None, generation: Generation) -> Iterator[Parrot]:
+            yield Terse()
+
+    services = Services(platform=Platform(), judge=RubricJudge())
+    result = run_trial(Candidate(model="m", adaptation=ZeroShot()), texts, services, SETTINGS)
+    assert isinstance(result, Scored)
+    assert result.metrics() == ("similarity",)
+    mean = result.mean("similarity")
+    assert mean is not None and 0.5 < mean < 1
 
 
 def test_shots_are_kept_with_the_result() -> None:
