@@ -78,7 +78,8 @@ def main() -> None:
 
     step("4. The winner as a shadow of the teacher", started)
     with (
-        server([sys.executable, "-m", "experiments.sample_teacher", "--port", str(options.teacher_port)],
+        server([sys.executable, "-m", "experiments.sample_teacher", "--port", str(options.teacher_port),
+                "--latency-ms", "300"],
                f"http://127.0.0.1:{options.teacher_port}/healthz", runs / "teacher.log"),
         server([*FLYWHEEL, "serve", options.rollout, "--port", str(options.port)],
                f"http://127.0.0.1:{options.port}/healthz", runs / "serve.log"),

@@ -379,26 +379,21 @@ def serve(
     """
     places = _places(runs, store)
     rollout = load(config, Rollout)
-    students = {arm.name: spec for arm in rollout.arms if (spec := _student(arm, places)) is not None}
+    students = {arm.name: spec for arm in rollout.arms if (spec := _student(rollout, arm, places)) is not None}
     with _store(places, create=True):
         pass  # a store that cannot be opened is said here, before anything starts
     # Ray Serve apps are named by import path, so that nothing in the package depends on one.
     importlib.import_module("serve.app").run(rollout, places.store, students, host=host, port=port)
 
 
-def _student(arm: Arm, places: Places) -> Any:
+def _student(rollout: Rollout, arm: Arm, places: Places) -> Any:
     """What the serving deployment of a student arm needs, from the ledger; None for an arm that is a URL."""
     if not isinstance(arm.target, StudentTarget):
         return None
     target = arm.target
     ledger = Ledger(target.ledger or places.ledger)
-    if target.trial == "best":
-        board = _board(places, None)
-        if not board.rows:
-            raise LedgerError(f"arm {arm.name!r}: ledger {ledger.url} has no scored trial to serve")
-        trial = ledger.find(board.winner or board.rows[0].key)
-    else:
-        trial = ledger.find(target.trial)
+    best = target.trial == "best"
+    trial = ledger.best(rollout.client_id, rollout.workload_id) if best else ledger.find(target.trial)
     spec = importlib.import_module("serve.student").StudentSpec
     return spec(
         candidate=trial.candidate,

@@ -206,10 +206,16 @@ def _sentences(errors: Sequence[Any], data: Any, kind: type[BaseModel]) -> list[
         if error["type"] == "extra_forbidden" and (close := difflib.get_close_matches(path[-1], _all_keys(kind), n=1))
     }
     meant = {wrong: right[-1] for right, wrong in near.items()}
+
+    def follows(error: Any, path: tuple[str, ...]) -> bool:
+        """Whether a mistake is only another's consequence: a bad item also makes its list too short."""
+        inside = any(other[: len(path)] == path and other != path for other in paths)
+        return (error["type"] == "missing" and path in near) or (error["type"] == "too_short" and inside)
+
     return [
         _sentence(error, path, meant.get(path))
         for error, path in zip(errors, paths, strict=True)
-        if not (error["type"] == "missing" and path in near)
+        if not follows(error, path)
     ]
 
 
@@ -228,9 +234,12 @@ def _sentence(error: Any, location: tuple[str, ...], meant: str | None) -> str:
 def _written_path(location: tuple[Any, ...], data: Any) -> tuple[str, ...]:
     """The location as it stands in the file: pydantic adds the tag of a union, which nobody wrote as a key."""
     path = []
+    tagged = False
     for part in location:
-        if isinstance(data, dict) and part not in data and data.get("type") == part:
+        if not tagged and isinstance(data, dict) and part not in data and data.get("type") == part:
+            tagged = True
             continue
+        tagged = False
         path.append(str(part))
         try:
             data = data[part]

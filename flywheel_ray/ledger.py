@@ -124,6 +124,23 @@ class Ledger:
         keys = (self.sweep(fingerprint) or {}).get("keys")
         return [r for r in self.results(fingerprint) if keys is None or r.key in keys]
 
+    def best(self, client_id: str, workload_id: str) -> Scored:
+        """The trial that a workload's latest sweep would put before traffic: its winner, or without one its first.
+
+        Raises:
+            LedgerError: no sweep of that workload has a scored trial.
+        """
+        workload = {"client_id": client_id, "workload_id": workload_id}
+        for fingerprint in reversed(self.fingerprints()):
+            if (self.sweep(fingerprint) or {}).get("config", {}).get("workload") == workload:
+                board = self.board(fingerprint)
+                if board.rows:
+                    return self.find(board.winner or board.rows[0].key)
+        raise LedgerError(
+            f"ledger {self.url} has no scored trial of client {client_id!r}, workload {workload_id!r}; "
+            "run `flywheel sweep` for it first"
+        )
+
     def find(self, prefix: str) -> Scored:
         """The one scored trial whose key starts with `prefix`, on any dataset.
 

@@ -10,6 +10,7 @@ What can be seen to be wrong (a busy port, a missing adapter, an arm without a s
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -104,10 +105,11 @@ def deployed(
         urls = {"gateway": f"{base}/v1", "status": f"{base}{gateway.METRICS}"}
         targets: dict[str, UrlTarget] = {}
         for name, spec in specs.items():
+            spec = spec.model_copy(update={"platform_root": str(Path(spec.platform_root).expanduser().absolute())})
             _deploy(student.build(name, spec), f"student-{name}", f"/students/{name}", apps)
             urls[name] = f"{base}/students/{name}/v1"
             targets[name] = UrlTarget(url=urls[name])
-        _deploy(gateway.build(rollout, store_url, targets, replicas), APP, "/", apps)
+        _deploy(gateway.build(rollout, _absolute(store_url), targets, replicas), APP, "/", apps)
         _probe(base)
         yield urls
     finally:
@@ -153,7 +155,17 @@ def _deploy(app: Any, name: str, prefix: str, apps: list[str]) -> None:
     try:
         serve.run(app, name=name, route_prefix=prefix)
     except RuntimeError as error:
-        raise GatewayError(f"{name} did not start: {_cause(error)}") from None
+        told = [d.message for d in serve.status().applications[name].deployments.values()]
+        text = "\n".join([str(error), *told])
+        raise GatewayError(f"{name} did not start: {_cause(text)}") from None
+
+
+def _absolute(store_url: str) -> str:
+    """A replica may run in another folder, so a path is made absolute; other URLs are left as they are."""
+    scheme, found, rest = store_url.partition("://")
+    if not found:
+        return str(Path(store_url).expanduser().absolute())
+    return f"{scheme}:///{Path(rest[1:]).expanduser().absolute()}" if scheme == "sqlite" else store_url
 
 
 def _probe(base: str, seconds: float = 10) -> None:
@@ -173,8 +185,8 @@ def _probe(base: str, seconds: float = 10) -> None:
         time.sleep(0.1)
 
 
-def _cause(error: RuntimeError) -> str:
-    """The last line of the replica's traceback, which is what went wrong in it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Error:" in line or "Exception:" in line or "Unavailable:" in line]
-    return (named or lines or ["for no stated reason"])[-1]
+def _cause(traceback: str) -> str:
+    """What went wrong in a replica: the last line of its traceback that names an error, without the error's module."""
+    found = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Unavailable): .*)$", traceback, re.MULTILINE)
+    lines = [line.strip() for line in traceback.splitlines() if line.strip()]
+    return (found or lines or ["for no stated reason"])[-1]

@@ -105,10 +105,13 @@ class ShadowLane:
         self._client, self._keep = client, keep
         self._queue: asyncio.Queue[Exchange] = asyncio.Queue(client.arm.queue)
         self._closed = False
+        self._in_flight = 0
+        self._was_full = False
         self._workers = [asyncio.get_running_loop().create_task(self._work()) for _ in range(client.arm.workers)]
 
     def __len__(self) -> int:
-        return self._queue.qsize()
+        """Copies that are waiting or in flight."""
+        return self._queue.qsize() + self._in_flight
 
     def offer(self, exchange: Exchange) -> None:
         """Queue a copy, or drop it where the queue is full. Returns at once."""
@@ -116,7 +119,15 @@ class ShadowLane:
             return self._keep(exchange, Answer(SHUTDOWN))
         try:
             self._queue.put_nowait(exchange)
+            self._was_full = False
         except asyncio.QueueFull:
+            if not self._was_full:
+                _log.warning(
+                    "arm %s: its %d places for waiting shadow copies are taken; further copies are dropped and counted "
+                    "as %s. Raise `queue` or `workers`, or lower `shadow`.",
+                    self._client.arm.name, self._client.arm.queue, QUEUE_FULL,
+                )  # fmt: skip
+            self._was_full = True
             self._keep(exchange, Answer(QUEUE_FULL))
 
     async def close(self) -> None:
@@ -131,9 +142,12 @@ class ShadowLane:
     async def _work(self) -> None:
         while True:
             exchange = await self._queue.get()
+            self._in_flight += 1
             try:
                 answer = await self._client.ask(exchange.request)
             except asyncio.CancelledError:
                 self._keep(exchange, Answer(SHUTDOWN))
                 raise
+            finally:
+                self._in_flight -= 1
             self._keep(exchange, answer)

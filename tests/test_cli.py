@@ -107,7 +107,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 
 
 def test_a_student_that_is_not_there(tmp_path: Path) -> None:
-    refused(flywheel(tmp_path, "serve", "configs/rollouts/demo.yaml"), "has no results", "flywheel sweep")
+    refused(flywheel(tmp_path, "serve", "configs/rollouts/demo.yaml"), "no scored trial", "flywheel sweep")
 
 
 def test_leaderboard_of_a_ledger(tmp_path: Path) -> None:

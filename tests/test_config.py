@@ -62,6 +62,17 @@ def test_mistakes_are_named(tmp_path: Path, before: str, after: str, message: st
     assert message in str(raised.value)
 
 
+def test_a_bad_arm_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rollout.yaml"
+    path.write_text(
+        "{type: rollout, name: r, client_id: c, workload_id: w, teacher: {url: 'http://t/v1'}, "
+        "arms: [{name: a, target: {type: url}}]}"
+    )
+    with pytest.raises(ConfigError) as raised:
+        load(path, Rollout)
+    assert str(raised.value) == f"{path}: arms.0.target.url: missing"
+
+
 def test_what_is_no_mapping_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
         load(tmp_path / "absent.yaml", SweepConfig)

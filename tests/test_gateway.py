@@ -19,7 +19,7 @@ import pytest
 from starlette.requests import Request
 
 from flywheel_ray.candidates import Candidate, Lora, ZeroShot
-from flywheel_ray.errors import ChatError, GatewayError, StoreUnavailable
+from flywheel_ray.errors import ChatError, GatewayError, PlatformError, StoreUnavailable
 from flywheel_ray.records import TEACHER, Completion, Record
 from flywheel_ray.rollout import Rollout, UrlTarget, assign, report, unit_of
 from flywheel_ray.services import LogQuery, Unanswered
@@ -27,7 +27,7 @@ from flywheel_ray.stores import open_store
 from serve import app, student
 from serve.gateway import Gateway
 from serve.log_writer import LogWriter
-from serve.student import Student, StudentSpec
+from serve.student import StudentSpec
 from tests.upstream import TOOL, Upstream, free_port, running
 
 MESSAGES = [{"role": "user", "content": "route me to cards"}]
@@ -448,6 +448,10 @@ def open_echo(spec: StudentSpec) -> Iterator[EchoModel]:
     yield EchoModel()
 
 
+def open_broken(spec: StudentSpec) -> Any:
+    raise PlatformError("there is no such model")
+
+
 @pytest.fixture(scope="module")
 def serve_port() -> Iterator[int]:
     """Ray with Serve in it, listening on this port."""
@@ -575,9 +579,24 @@ def test_sigterm_flushes_the_log(setup, tmp_path):
     assert arm.copies == 20 and arm.drops == {"shutdown": 20}
 
 
-def test_a_student_needs_its_model(tmp_path):
-    def broken(spec: StudentSpec) -> Any:
-        raise RuntimeError("no such model")
+@pytest.mark.slow
+def test_what_keeps_a_student_from_starting_is_said_in_one_line(serve_port):
+    said = "^student-broken did not start: PlatformError: there is no such model$"
+    with pytest.raises(GatewayError, match=said):
+        app._deploy(student.build("broken", SPEC, open_broken), "student-broken", "/students/broken", [])
 
-    with pytest.raises(RuntimeError, match="no such model"):
-        Student("s", SPEC, broken)
+
+def test_a_store_is_the_same_file_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert app._absolute("runs/l.db") == f"{tmp_path}/runs/l.db"
+    assert app._absolute("sqlite:///runs/l.db") == f"sqlite:///{tmp_path}/runs/l.db"
+    assert app._absolute("sqlite:////runs/l.db") == "sqlite:////runs/l.db"
+    assert app._absolute("http://es:9200/logs") == "http://es:9200/logs"
+
+
+def test_a_replicas_traceback_becomes_one_line():
+    text = (
+        "The replica failed\n  File x\nOSError: below\n\nflywheel_ray.errors.StoreUnavailable: it is away: try later\n"
+    )
+    assert app._cause(text) == "StoreUnavailable: it is away: try later"
+    assert app._cause("Deploying failed\n") == "Deploying failed"

@@ -26,6 +26,21 @@ def test_results_come_back_equal(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_the_best_of_a_workload_is_of_its_latest_sweep(tmp_path: Path) -> None:
+    examples = dataset()
+    ledger = Ledger(tmp_path)
+    ledger.put(scored(examples, right=0.5, key="a1"))
+    ledger.put(scored(examples, right=0.9, key="b2"))
+    ledger.put(scored(examples, right=1.0, key="old"))
+    config = {"workload": {"client_id": "acme", "workload_id": "router"}}
+    ledger.put_sweep(examples.fingerprint, {"config": config, "keys": ["a1", "b2"]})
+    assert ledger.best("acme", "router").key == "b2"
+    assert len(ledger.board(examples.fingerprint).rows) == 2
+    assert len(ledger.board(examples.fingerprint, every=True).rows) == 3
+    with pytest.raises(LedgerError, match="'other'"):
+        ledger.best("acme", "other")
+
+
 def test_a_uri_is_the_same_ledger(tmp_path: Path) -> None:
     examples = dataset()
     Ledger(tmp_path).put(scored(examples))

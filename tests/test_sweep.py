@@ -47,9 +47,15 @@ def command(runs: Path, config: Path, folder: Path) -> list[str]:
     return ["experiments/sweep.py", str(config), "--dataset", str(folder), "--runs", str(runs)]
 
 
+def run(runs: Path, config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The sweep to its end, as a person would run it."""
+    whole = [sys.executable, *command(runs, config, folder)]
+    return subprocess.run(whole, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
 def environment(**more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLYWHEEL_", "RAY_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", **more}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
 def config_of(**changes: Any) -> SweepConfig:
@@ -126,9 +132,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_a_killed_sweep_goes_on_and_a_finished_one_does_nothing(swept: tuple[Path, Path, Path]) -> None:
     runs, config, folder = swept
     before = {p: p.stat().st_mtime_ns for p in runs.glob("ledger/*/*/result.json")}
-    done = subprocess.run(
-        [sys.executable, *command(runs, config, folder)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    done = run(runs, config, folder)
     assert done.returncode == 0, done.stderr
     assert f"{len(before)} finished before" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -138,9 +142,7 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_does_nothing(swept: tuple[Pat
     trained = next(r for r in results if isinstance(r, Scored) and r.training)
     assert trained.training and trained.training.validation_losses
     assert (Path(trained.training.adapter) / "adapter_model.safetensors").is_file()
-    again = subprocess.run(
-        [sys.executable, *command(runs, config, folder)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    again = run(runs, config, folder)
     assert again.returncode == 0 and "3 scored (3 of them before)" in again.stderr
     assert "training" not in again.stderr.replace("sweep", "")
 
@@ -238,13 +240,7 @@ def test_a_model_that_is_not_there_fails_every_trial_and_the_command(tmp_path: P
     config = tmp_path / "absent.yaml"
     config.write_text(SWEEP.replace("smollm2-135m", "no-such-model"))
     folder = dataset(80).save(tmp_path / "datasets")
-    done = subprocess.run(
-        [sys.executable, *command(tmp_path, config, folder)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = run(tmp_path, config, folder)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: every trial failed") and "no-such-model" in last
