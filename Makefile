@@ -28,7 +28,7 @@ check: install  ## Seconds, no cluster: lint, types, the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 format: install  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .

@@ -3,7 +3,7 @@
     with HelixServer() as server: httpx.get(f"{server.url}/apis/customization/v2/healthz")
 
 Each runs in a thread on a free port, keeps a list of the requests it got, can be told to fail, and advances a training
-job by one state at every look at its status. Sources: /work/shared/helix/traces.md (Helix 0.8.1) and the v1 contract
+job by one state at every look at its status. Sources: recorded exchanges of Helix 0.8.1 and the v1 contract
 (NeMo 25.x); what they leave open is marked "not recorded".
 """
 

@@ -25,8 +25,8 @@ from flywheel_ray.datasets import (
 )
 from flywheel_ray.errors import DatasetError
 from flywheel_ray.records import Completion, Record, Rejected, from_hit, parse_line, to_json_line
+from tests.values import BANKING
 
-BANKING = Path("/work/shared/data/banking77_router_12.jsonl")
 TOOL = {"type": "function", "function": {"name": "route", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -322,7 +322,7 @@ def test_a_dataset_survives_its_folder(tmp_path: Path, records: list[Record]) ->
     assert loaded.fingerprint == dataset.fingerprint
 
 
-@pytest.mark.skipif(not BANKING.exists(), reason=f"needs {BANKING}")
+@pytest.mark.skipif(not BANKING.exists(), reason="no shared/data beside the checkout")
 def test_real_traffic(tmp_path: Path) -> None:
     records = [r for r in map(parse_line, BANKING.read_bytes().splitlines()) if isinstance(r, Record)]
     dataset = build(records, client_id="banking-app", workload_id="banking.router")

@@ -27,8 +27,6 @@ from flywheel_ray.stores.ingest import IngestSummary, ingest, read_lines
 from flywheel_ray.stores.sqlite import SCHEMA_VERSION, SqliteStore
 from tests.contract_store import EVERYTHING, LogStoreContract, TransactionalLogStoreContract, record, scanned
 
-BANKING = Path("/work/shared/data/banking77_router_12.jsonl")
-
 
 @pytest.fixture
 def sqlite_store(tmp_path: Path) -> Iterator[SqliteStore]:
@@ -232,6 +230,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from tests.contract_store import record
 from flywheel_ray.stores import open_store
+from tests.values import BANKING
 store = open_store(sys.argv[1])
 for n in range(40):
     store.append([record(n, f"process {sys.argv[2]}"), record(n, "shared")])
@@ -352,7 +351,7 @@ def test_gzip_is_told_by_its_first_bytes(tmp_path: Path) -> None:
         list(read_lines(tmp_path / "missing"))
 
 
-@pytest.mark.skipif(not BANKING.exists(), reason=f"needs {BANKING}")
+@pytest.mark.skipif(not BANKING.exists(), reason="no shared/data beside the checkout")
 def test_real_traffic(sqlite_store: SqliteStore, tmp_path: Path) -> None:
     first = ingest(read_lines(BANKING), BANKING.name, sqlite_store, tmp_path / "rejects.jsonl")
     assert (first.lines, first.added, first.rejected) == (1629, 1629, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from flywheel_ray.candidates import Candidate, Lora, ZeroShot
@@ -9,6 +10,9 @@ from flywheel_ray.datasets import Dataset, Example, SplitPolicy, build
 from flywheel_ray.records import Completion, Record, Rejected, ToolCall, from_hit
 from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, TrainingSummary
 from flywheel_ray.scoring import SCORER_VERSION
+
+BANKING = Path(__file__).parents[2] / "shared" / "data" / "banking77_router_12.jsonl"
+"""Real traffic, in a folder beside the checkout where there is one; tests that need it say so where there is not."""
 
 QUEUES = ("card_arrival", "pin_blocked", "transfer_fee_charged")
 TOOL = {
