@@ -26,6 +26,7 @@ from flywheel_ray.stores import open_store
 from flywheel_ray.stores.ingest import IngestSummary, ingest, read_lines
 from flywheel_ray.stores.sqlite import SCHEMA_VERSION, SqliteStore
 from tests.contract_store import EVERYTHING, LogStoreContract, TransactionalLogStoreContract, record, scanned
+from tests.values import BANKING
 
 
 @pytest.fixture
@@ -230,7 +231,6 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from tests.contract_store import record
 from flywheel_ray.stores import open_store
-from tests.values import BANKING
 store = open_store(sys.argv[1])
 for n in range(40):
     store.append([record(n, f"process {sys.argv[2]}"), record(n, "shared")])
