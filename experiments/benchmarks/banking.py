@@ -1,8 +1,8 @@
-"""Real customer questions: how near a 135M student comes to the labels of BANKING77, and how long the whole sweep takes.
+"""Real customer questions: how near a 135M student comes to the labels of BANKING77, and how long the sweep takes.
 
     python -m experiments.benchmarks.banking --data ../shared/data/banking77_router_12.jsonl
 
-Ingests the file, runs `configs/sweeps/banking.yaml` (zero-shot, 3-shot, three LoRA settings) and prints the leaderboard.
+Ingests the file, runs `configs/sweeps/banking.yaml` (zero-shot, 3-shot, three LoRA settings), prints the leaderboard.
 Exits with 1 where the best student stays below `--at-least`. The results table is in README.md beside this file.
 """
 
