@@ -3,7 +3,7 @@
     show = SweepProgress(Console())          # a terminal gets the table; `ray job submit` logs get lines
     show.start("demo", candidates, finished); show.update(key, {"stage": "training", …}); show.stop()
 
-The trial's side, `Progressed`, turns `trial.Progress` into Tune reports, at most about one a second.
+The trial's side, `Progressed`, turns `trial.Progress` into Tune reports, at most about one every two seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PENDING, DONE, FAILED = "pending", "done", "failed"
 class Progressed:
     """The trial's side: called with every `Progress`, reports what changed to `report` (tune.report)."""
 
-    def __init__(self, key: str, report: Callable[[dict[str, Any]], None], every_s: float = 1.0) -> None:
+    def __init__(self, key: str, report: Callable[[dict[str, Any]], None], every_s: float = 2.0) -> None:
         self._key = key
         self._report = report
         self._every_s = every_s

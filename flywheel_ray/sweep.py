@@ -153,8 +153,9 @@ def connect(places: Places) -> None:
 
 
 def _tune(config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[str, Candidate], show: Quiet) -> None:
-    # Tune's own tables would be written over ours.
+    # Tune's own tables would be written over ours, and so would its advice about disks that are busy for a moment.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "10")
     from ray import tune
 
     connect(places)
