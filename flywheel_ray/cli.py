@@ -317,8 +317,7 @@ def leaderboard_command(
 
 
 def _print_board(board: Leaderboard) -> None:
-    # A log file has no width of its own, and a table that folds its cells cannot be read there.
-    console = out if out.is_terminal else Console(width=200)
+    console = _console()
     table = Table(title=f"dataset {board.fingerprint}, ranked by {board.metric}", title_justify="left")
     metrics = list(board.teacher.scores)
     unscored = any(any(row.unscored.values()) for row in board.rows)
@@ -338,6 +337,11 @@ def _print_board(board: Leaderboard) -> None:
     console.print(
         f"{board.verdict}\njudge: {board.judge or 'none'}; * nothing is both better and cheaper", highlight=False
     )
+
+
+def _console() -> Console:
+    """Standard output; a log file has no width of its own, and a table that folds its cells cannot be read there."""
+    return out if out.is_terminal else Console(width=200)
 
 
 def _cells(row: Row, metrics: Sequence[str], unscored: bool) -> list[str]:
@@ -438,7 +442,8 @@ def _rollout_report(places: Places, rollout: Rollout) -> RolloutReport:
 
 def _print_rollout(rollout: Rollout, found: RolloutReport) -> None:
     errors = f", {sum(found.teacher_errors.values())} of them failed" if found.teacher_errors else ""
-    out.print(
+    console = _console()
+    console.print(
         f"rollout {rollout.name}: {found.exchanges} exchanges, {found.teacher_requests} asked of the teacher{errors}",
         highlight=False,
     )
@@ -467,10 +472,10 @@ def _print_rollout(rollout: Rollout, found: RolloutReport) -> None:
             table.add_row("completion tokens", f"{arm.tokens.arm:.0f}, teacher {arm.tokens.teacher:.0f}")
         decision = decide(arm, rollout.gates)
         table.add_row("decision", f"[bold]{decision.action}[/]: {decision.reason}")
-        out.print(table)
+        console.print(table)
     if found.sample_ratio_p_value is not None:
         shown = ", ".join(f"{name} {count}" for name, count in found.units.items())
-        out.print(f"units: {shown}; sample ratio p-value {found.sample_ratio_p_value:.3g}", highlight=False)
+        console.print(f"units: {shown}; sample ratio p-value {found.sample_ratio_p_value:.3g}", highlight=False)
 
 
 def _counts(causes: dict[str, int]) -> str:

@@ -23,10 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="banking77_router_12.jsonl")
     parser.add_argument("--runs", type=Path, default=Path("runs/banking"), help="default: %(default)s")
+    parser.add_argument("--sweep", default="configs/sweeps/banking.yaml", help="default: %(default)s")
     parser.add_argument("--at-least", type=float, default=0.93, help="args accuracy to reach (default: %(default)s)")
     options = parser.parse_args()
     where = ["--runs", str(options.runs)]
-    for command in (["ingest", str(options.data), *where], ["sweep", "configs/sweeps/banking.yaml", *where]):
+    for command in (["ingest", str(options.data), *where], ["sweep", options.sweep, *where]):
         started = time.monotonic()
         print(f"$ flywheel {' '.join(command)}", flush=True)
         run(command)
