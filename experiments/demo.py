@@ -164,7 +164,7 @@ def ask(base_url: str, dataset: Dataset, count: int) -> int:
     examples = dataset.eval[:count]
     for i, example in enumerate(examples):
         tools = {"tools": list(example.tools)} if example.tools else {}
-        client.chat.completions.create(model="teacher", messages=list(example.messages), **tools)  # type: ignore[call-overload]
+        client.chat.completions.create(model="teacher", messages=list(example.messages), **tools)
         if (i + 1) % 20 == 0 or i + 1 == len(examples):
             print(f"  {i + 1} of {len(examples)}", flush=True)
     return len(examples)

@@ -4,7 +4,8 @@
     paired_difference(student, teacher, groups)  # mean(student − teacher), its interval clustered by conversation
     confidence_sequence(scores_so_far)           # may be looked at after every request without inflating the error
 
-Every function is pure and cites its source; scipy has the distributions.
+Every function is pure and cites its source. The distributions come from `scipy.special`, which imports in a tenth of
+the time of `scipy.stats`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy import stats as _scipy
+from scipy import special
 
 from flywheel_ray.values import Value
 
@@ -37,7 +38,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} are no proportion")
-    z = float(_scipy.norm.ppf(0.5 + confidence / 2))
+    z = float(special.ndtri(0.5 + confidence / 2))
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
@@ -72,7 +73,7 @@ def mean_interval(
         return Interval(
             estimate=mean, low=min(flat.low, mean), high=max(flat.high, mean), n=x.size, confidence=confidence
         )
-    half = float(_scipy.t.ppf(0.5 + confidence / 2, count - 1)) * error
+    half = float(special.stdtrit(count - 1, 0.5 + confidence / 2)) * error
     return Interval(
         estimate=mean, low=max(0.0, mean - half), high=min(1.0, mean + half), n=x.size, confidence=confidence
     )
@@ -104,7 +105,7 @@ def paired_difference(
         return Interval(
             estimate=mean, low=max(-1.0, mean - bound), high=min(1.0, mean + bound), n=d.size, confidence=confidence
         )
-    half = float(_scipy.t.ppf(0.5 + confidence / 2, count - 1)) * error
+    half = float(special.stdtrit(count - 1, 0.5 + confidence / 2)) * error
     return Interval(estimate=mean, low=mean - half, high=mean + half, n=d.size, confidence=confidence)
 
 
@@ -118,7 +119,8 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     Source: McNemar 1947, Psychometrika 12:153; exact form as a binomial test on the discordant pairs.
     """
     n = only_a + only_b
-    return 1.0 if n == 0 else float(_scipy.binomtest(min(only_a, only_b), n, 0.5).pvalue)
+    # Under the null hypothesis the distribution is symmetric, so the two tails are equal.
+    return 1.0 if n == 0 else min(1.0, 2 * float(special.bdtr(min(only_a, only_b), n, 0.5)))
 
 
 def confidence_sequence(
@@ -182,7 +184,8 @@ def sample_ratio_p_value(counts: Sequence[int], weights: Sequence[float]) -> flo
     if total == 0 or len(counts) < 2:
         return 1.0
     expected = [total * w / sum(weights) for w in weights]
-    return float(_scipy.chisquare(list(counts), expected).pvalue)
+    statistic = sum((count - e) ** 2 / e for count, e in zip(counts, expected, strict=True))
+    return float(special.chdtrc(len(counts) - 1, statistic))
 
 
 def _groups(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:

@@ -27,7 +27,21 @@ def test_the_shipped_sweeps_have_the_candidates_their_comments_promise() -> None
         assert len(found) >= 5 and sum(isinstance(c.adaptation, Lora) for c in found) >= 3
 
 
-GOOD = (CONFIGS / "sweeps" / "demo.yaml").read_text()
+GOOD = """
+type: sweep
+name: demo
+workload: {client_id: acme, workload_id: support}
+search:
+  models: smollm2-135m
+  adaptations:
+    - type: zero_shot
+    - type: in_context
+      shots: [2, 4]
+    - type: lora
+      rank: [8, 16]
+judge: {type: rubric}
+resources: {cpus: 1}
+"""
 
 
 @pytest.mark.parametrize(

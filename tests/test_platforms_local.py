@@ -295,6 +295,7 @@ def wake_up(model: Any) -> None:
             p.data.normal_(0, 0.05, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("prefix", [0, 9])
 def test_packed_gradients_equal_plain_ones(kind: str, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +315,7 @@ def test_packed_gradients_equal_plain_ones(kind: str, prefix: int, monkeypatch: 
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_and_leaves_the_base_alone() -> None:
     import torch
 
@@ -335,6 +337,7 @@ def test_training_is_deterministic_and_leaves_the_base_alone() -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.slow
 def test_no_row_is_a_platform_error() -> None:
     from flywheel_ray.platforms.local.training import train
 

@@ -89,6 +89,14 @@ def test_confidence_sequence_narrows_and_checks_bounds() -> None:
         confidence_sequence([2.0])
 
 
+def test_exact_and_chi_square_p_values_equal_scipy_stats() -> None:
+    for b, c in ((0, 1), (3, 3), (4, 11), (59, 101)):
+        assert mcnemar_exact(b, c) == pytest.approx(scipy_stats.binomtest(b, b + c, 0.5).pvalue)
+    for counts, weights in (([480, 520], [1, 1]), ([100, 210, 690], [0.1, 0.2, 0.7])):
+        expected = [sum(counts) * w / sum(weights) for w in weights]
+        assert sample_ratio_p_value(counts, weights) == pytest.approx(scipy_stats.chisquare(counts, expected).pvalue)
+
+
 def test_sample_ratio() -> None:
     assert sample_ratio_p_value([500, 500], [1, 1]) == 1.0
     # Fabijan et al. 2019: 821,588 against 815,482 users at 50/50 is a mismatch.

@@ -131,7 +131,7 @@ def with_lora(base: Base, lora: Lora) -> Any:
     """A tree of the base with a fresh adapter on every linear layer, initialised from the seed."""
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.effective_alpha,  # type: ignore[arg-type]  # PEFT only divides by it
+        lora_alpha=lora.effective_alpha,  # PEFT only divides by it
         lora_dropout=lora.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
