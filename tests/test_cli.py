@@ -73,6 +73,7 @@ def test_rejected_lines_are_kept_with_number_and_reason(tmp_path: Path) -> None:
     assert "1 new record" in done.stderr  # the good line is kept
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_what_fails(tmp_path: Path) -> None:
     refused(flywheel(tmp_path, "ingest", str(tmp_path / "absent.jsonl")), "absent.jsonl", "no such file")
     refused(
@@ -110,6 +111,7 @@ def test_a_student_that_is_not_there(tmp_path: Path) -> None:
     refused(flywheel(tmp_path, "serve", "configs/rollouts/demo.yaml"), "no scored trial", "flywheel sweep")
 
 
+@pytest.mark.slow
 def test_leaderboard_of_a_ledger(tmp_path: Path) -> None:
     examples = dataset(200)
     examples.save(tmp_path / "datasets")

@@ -30,6 +30,8 @@ from serve.log_writer import LogWriter
 from serve.student import StudentSpec
 from tests.upstream import TOOL, Upstream, free_port, running
 
+pytestmark = pytest.mark.slow
+
 MESSAGES = [{"role": "user", "content": "route me to cards"}]
 
 
@@ -468,7 +470,6 @@ def serve_port() -> Iterator[int]:
         ray.shutdown()
 
 
-@pytest.mark.slow
 def test_a_hanging_arm_disturbs_nobody_and_every_copy_is_accounted_for(setup, serve_port):
     setup.arm.mode = "hang"
     arm = {"url": setup.arm_url, "shadow": 1.0, "timeout_s": 1, "queue": 16, "workers": 4}
@@ -505,7 +506,6 @@ def test_a_hanging_arm_disturbs_nobody_and_every_copy_is_accounted_for(setup, se
     assert arm_report.drops["queue_full"] > 0 and arm_report.failures["timeout"] >= 4
 
 
-@pytest.mark.slow
 def test_an_ab_with_a_hosted_student(setup, serve_port, tmp_path):
     """The student answers its users, its refusals fall back, and what it is shown is what it was trained on."""
     import ray.serve
@@ -552,7 +552,6 @@ def test_an_ab_with_a_hosted_student(setup, serve_port, tmp_path):
     assert arm.live_requests == 1 + sum(by == "s" for _, by, _ in answers)
 
 
-@pytest.mark.slow
 def test_sigterm_flushes_the_log(setup, tmp_path):
     setup.arm.mode = "hang"
     config = rollout(setup.teacher_url, {"student": {"url": setup.arm_url, "shadow": 1.0, "timeout_s": 60}})
@@ -579,7 +578,6 @@ def test_sigterm_flushes_the_log(setup, tmp_path):
     assert arm.copies == 20 and arm.drops == {"shutdown": 20}
 
 
-@pytest.mark.slow
 def test_what_keeps_a_student_from_starting_is_said_in_one_line(serve_port):
     said = "^student-broken did not start: PlatformError: there is no such model$"
     with pytest.raises(GatewayError, match=said):

@@ -21,6 +21,8 @@ from flywheel_ray.services import ChatPrompt, Generation, Platform
 from tests.contract_platform import LORA, PlatformContract, examples, finished
 from tests.nemo_servers import LONG_EPOCHS, NAME, HelixServer, NemoV1Server
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {
     "retries": 2,
     "backoff_s": 0.01,
