@@ -274,7 +274,11 @@ def run_sweep_command(config_path: Path, dataset_folder: Path | None, places: Pl
         f"({outcome.reused} of them before), {failed} failed",
         highlight=False,
     )
-    _print_board(_board(places, dataset.fingerprint))
+    lost = sum(isinstance(r, Failed) and r.stage == "process" for r in outcome.results)
+    if lost < len(outcome.results):
+        _print_board(_board(places, dataset.fingerprint))
+    if lost:
+        raise LedgerError(f"{lost} of {len(outcome.results)} trials were stopped; run the same command again to go on")
     if failed == len(outcome.results):
         raise LedgerError(f"every trial failed; first: {_failure(outcome.results)}")
 

@@ -92,7 +92,8 @@ class Failed(Value):
     key: str
     candidate: Candidate
     fingerprint: str
-    stage: Literal["prompts", "dataset", "training", "hosting", "generation", "scoring"]
+    stage: Literal["prompts", "dataset", "training", "hosting", "generation", "scoring", "process"]
+    """"process" where the trial's process was stopped or lost before it could say."""
     error: str
     transient: bool = False
     """True where the same trial may succeed when repeated (a platform that did not answer)."""

@@ -126,7 +126,7 @@ def run_sweep(config: SweepConfig, dataset: Dataset, places: Places, show: Quiet
                 key=key,
                 candidate=candidate,
                 fingerprint=dataset.fingerprint,
-                stage="hosting",
+                stage="process",
                 error=lost,
                 transient=True,
             )
