@@ -100,11 +100,12 @@ def run_sweep(config: SweepConfig, dataset: Dataset, places: Places, show: Quiet
         show: where progress goes; None is silent.
 
     Raises:
-        FlywheelError: the ledger cannot be used, or Ray cannot be started.
+        FlywheelError: the platform or the ledger cannot be used, or Ray cannot be started.
     """
     started = time.monotonic()
     settings = settings_of(config)
     ledger = Ledger(places.ledger)
+    platform_of(config, places)  # what is not installed is said here, before anything starts
     dataset.save(places.datasets)
     candidates = {trial_key(c, dataset, settings): c for c in candidates_of(config.search)}
     ledger.put_sweep(dataset.fingerprint, {"config": config.model_dump(mode="json"), "keys": list(candidates)})
