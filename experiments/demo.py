@@ -4,7 +4,8 @@
 
 Sample traffic is generated and ingested, a sweep really fine-tunes a small model, the winner is hosted beside the
 sample teacher, held-out requests go through the gateway with the `openai` client, and an HTML page says what was found.
-A second run finds its finished trials in the ledger and takes a few minutes less.
+Stopped during the sweep and run again, it goes on with the trials that are left. After a whole run the store also holds
+the live traffic, so a second run builds another dataset and trains anew: that is the wheel's next turn.
 """
 
 from __future__ import annotations
