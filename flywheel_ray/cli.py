@@ -278,7 +278,11 @@ def run_sweep_command(config_path: Path, dataset_folder: Path | None, places: Pl
     if lost < len(outcome.results):
         _print_board(_board(places, dataset.fingerprint))
     if lost:
-        raise LedgerError(f"{lost} of {len(outcome.results)} trials were stopped; run the same command again to go on")
+        first = next(r for r in outcome.results if isinstance(r, Failed) and r.stage == "process")
+        raise LedgerError(
+            f"{lost} of {len(outcome.results)} trials have no result; first: {first.candidate.label}: {first.error}. "
+            "Run the same command again to go on"
+        )
     if failed == len(outcome.results):
         raise LedgerError(f"every trial failed; first: {_failure(outcome.results)}")
 

@@ -113,29 +113,29 @@ def run_sweep(config: SweepConfig, dataset: Dataset, places: Places, show: Quiet
     waiting = {key: c for key, c in candidates.items() if key not in finished}
     show = show or Quiet()
     show.start(config.name, candidates, finished)
+    crashes: dict[str, str] = {}
     try:
         if waiting:
-            _tune(config, dataset, places, waiting, show)
+            crashes = _tune(config, dataset, places, waiting, show)
     finally:
         show.stop()
     results = []
     for key, candidate in candidates.items():
         result = ledger.get(dataset.fingerprint, key)
         if result is None:
-            lost = "the trial's process ended without a result (out of memory, a lost node, or stopped)"
             result = Failed(
                 key=key,
                 candidate=candidate,
                 fingerprint=dataset.fingerprint,
                 stage="process",
-                error=lost,
+                error=crashes.get(key, "the sweep was stopped before this trial had a result"),
                 transient=True,
             )
         results.append(result)
     return SweepOutcome(results=tuple(results), reused=len(finished), wall_s=time.monotonic() - started)
 
 
-def connect(places: Places) -> None:
+def connect() -> None:
     """Join the cluster named by RAY_ADDRESS (as `ray job submit` sets it), or start Ray on this machine."""
     import ray
 
@@ -153,13 +153,16 @@ def connect(places: Places) -> None:
         raise FlywheelError(f"Ray cannot be reached or started: {str(error).splitlines()[0]}") from error
 
 
-def _tune(config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[str, Candidate], show: Quiet) -> None:
+def _tune(
+    config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[str, Candidate], show: Quiet
+) -> dict[str, str]:
+    """Run the waiting candidates; returns the last line of the error of each trial that crashed, by key."""
     # Tune's own tables would be written over ours, and so would its advice about disks that are busy for a moment.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "10")
     from ray import tune
 
-    connect(places)
+    connect()
     task = _Task(config=config, places=places, fingerprint=dataset.fingerprint)
 
     def trainable(space: dict[str, Any]) -> None:
@@ -181,7 +184,12 @@ def _tune(config: SweepConfig, dataset: Dataset, places: Places, waiting: dict[s
             verbose=0,
         ),
     )
-    tuner.fit()
+    keys = {candidate: key for key, candidate in waiting.items()}
+    return {
+        keys[Candidate.model_validate(result.config["candidate"])]: str(result.error).strip().splitlines()[-1]
+        for result in tuner.fit()
+        if result.error is not None and result.config
+    }
 
 
 class _Task(Value):
