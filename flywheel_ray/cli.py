@@ -232,8 +232,10 @@ def _show_dataset(dataset: Dataset) -> None:
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep configuration.")],
-    dataset: Annotated[Path | None, typer.Option(help="A built dataset folder. Default: build from the store.")] = None,
+    config_path: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="A sweep configuration.")],
+    folder: Annotated[
+        Path | None, typer.Option("--dataset", help="A built dataset folder. Default: build from the store.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials and stop.")] = False,
     store: StoreOption = None,
     runs: RunsOption = RUNS,
@@ -243,18 +245,14 @@ def sweep(
     Finished trials are kept in the ledger and are not run again, so that a sweep that was stopped or killed goes on
     where it was. Joins the Ray cluster of RAY_ADDRESS where that is set, otherwise starts Ray on this machine.
     """
-    run_sweep_command(config, dataset, _places(runs, store), dry_run)
-
-
-def run_sweep_command(config_path: Path, dataset_folder: Path | None, places: Places, dry_run: bool = False) -> None:
-    """What `flywheel sweep` does; `experiments/sweep.py` does the same as a Ray job."""
     from flywheel_ray.candidates import candidates_of
     from flywheel_ray.sweep import run_sweep, settings_of
     from flywheel_ray.trial import trial_key
 
+    places = _places(runs, store)
     config = load(config_path, SweepConfig)
-    if dataset_folder is not None:
-        dataset = load_dataset(dataset_folder)
+    if folder is not None:
+        dataset = load_dataset(folder)
     else:
         dataset = _build(places, config.workload.client_id, config.workload.workload_id, config.split)
     _show_dataset(dataset)
@@ -268,28 +266,24 @@ def run_sweep_command(config_path: Path, dataset_folder: Path | None, places: Pl
             out.print(f"{key}  {'done   ' if done else 'to run '}  {candidate.label}", highlight=False)
         return
     outcome = run_sweep(config, dataset, places, SweepProgress(err))
-    failed = sum(isinstance(r, Failed) for r in outcome.results)
+    total = len(outcome.results)
+    failed = [r for r in outcome.results if isinstance(r, Failed)]
+    lost = [r for r in failed if r.stage == "process"]
     err.print(
-        f"{len(outcome.results)} trials in {outcome.wall_s:.0f} s: {len(outcome.results) - failed} scored "
-        f"({outcome.reused} of them before), {failed} failed",
+        f"{total} trials in {outcome.wall_s:.0f} s: {total - len(failed)} scored "
+        f"({outcome.reused} of them before), {len(failed)} failed",
         highlight=False,
     )
-    lost = sum(isinstance(r, Failed) and r.stage == "process" for r in outcome.results)
-    if lost < len(outcome.results):
+    if len(lost) < total:
         _print_board(_board(places, dataset.fingerprint))
     if lost:
-        first = next(r for r in outcome.results if isinstance(r, Failed) and r.stage == "process")
         raise LedgerError(
-            f"{lost} of {len(outcome.results)} trials have no result; first: {first.candidate.label}: {first.error}. "
+            f"{len(lost)} of {total} trials have no result; first: {lost[0].candidate.label}: {lost[0].error}. "
             "Run the same command again to go on"
         )
-    if failed == len(outcome.results):
-        raise LedgerError(f"every trial failed; first: {_failure(outcome.results)}")
-
-
-def _failure(results: Sequence[Scored | Failed]) -> str:
-    first = next(r for r in results if isinstance(r, Failed))
-    return f"{first.candidate.label}, {first.stage}: {first.error}"
+    if len(failed) == total:
+        first = failed[0]
+        raise LedgerError(f"every trial failed; first: {first.candidate.label}, {first.stage}: {first.error}")
 
 
 def _fingerprint(ledger: Ledger, prefix: str | None) -> str:
@@ -427,7 +421,7 @@ def rollout_report_command(
 ) -> None:
     """Compare the arms with the teacher on paired requests, and say what the evidence allows."""
     rollout = load(config, Rollout)
-    found = _rollout_report(_places(runs, store), rollout)
+    found = rollout_report(rollout, _rollout_records(_places(runs, store), rollout))
     if as_json:
         _print_json(found.model_dump(mode="json"))
         return
@@ -435,17 +429,14 @@ def rollout_report_command(
 
 
 def _rollout_records(places: Places, rollout: Rollout) -> list[Record]:
+    """What a rollout logged; there is some, or LedgerError."""
     with _store(places) as log_store:
-        return list(log_store.scan(LogQuery(rollout=rollout.name)))
-
-
-def _rollout_report(places: Places, rollout: Rollout) -> RolloutReport:
-    records = _rollout_records(places, rollout)
+        records = list(log_store.scan(LogQuery(rollout=rollout.name)))
     if not records:
         raise LedgerError(
             f"the store has no exchange of rollout {rollout.name!r}; start it with `flywheel serve` and send requests"
         )
-    return rollout_report(rollout, records)
+    return records
 
 
 def _print_rollout(rollout: Rollout, found: RolloutReport) -> None:
@@ -509,8 +500,8 @@ def report(
     live, shadow, gates = None, None, None
     if rollout_config is not None:
         rollout = load(rollout_config, Rollout)
-        live, gates = _rollout_report(places, rollout), rollout.gates
-        shadow = shadow_frame(_rollout_records(places, rollout))
+        records = _rollout_records(places, rollout)
+        live, gates, shadow = rollout_report(rollout, records), rollout.gates, shadow_frame(records)
     results = Ledger(places.ledger).swept(board.fingerprint)
     path = write_report(
         output or places.runs / "report.html", board, results, dataset, rollout_report=live, shadow=shadow, gates=gates

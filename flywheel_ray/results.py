@@ -85,6 +85,10 @@ class Scored(Value):
         return tuple(dict.fromkeys(name for o in self.outcomes for name in o.scores))
 
 
+Stage = Literal["prompts", "dataset", "training", "hosting", "generation", "scoring", "process"]
+"""Where a trial is, or stopped; "process" where its process was stopped or lost before it could say."""
+
+
 class Failed(Value):
     """A trial that did not finish: where it stopped and why, in the words of the error."""
 
@@ -92,8 +96,7 @@ class Failed(Value):
     key: str
     candidate: Candidate
     fingerprint: str
-    stage: Literal["prompts", "dataset", "training", "hosting", "generation", "scoring", "process"]
-    """"process" where the trial's process was stopped or lost before it could say."""
+    stage: Stage
     error: str
     transient: bool = False
     """True where the same trial may succeed when repeated (a platform that did not answer)."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from pydantic import Field
 
@@ -19,13 +18,11 @@ from flywheel_ray.candidates import Candidate, InContext, Lora
 from flywheel_ray.datasets import Dataset, Example
 from flywheel_ray.errors import ChatUnavailable, FlywheelError, PlatformError, PlatformUnavailable
 from flywheel_ray.records import Completion
-from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, TrainingSummary
+from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, Stage, TrainingSummary
 from flywheel_ray.scoring import SCORER_VERSION, TEXT_METRICS, TOOL_METRICS, Score, score_tool_calls
 from flywheel_ray.services import ChatPrompt, Generation, Platform, Services, Unanswered
 from flywheel_ray.shots import choose_shots
 from flywheel_ray.values import Value, content_hash
-
-Stage = Literal["prompts", "dataset", "training", "hosting", "generation", "scoring"]
 
 
 class TrialSettings(Value):

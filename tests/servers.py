@@ -12,12 +12,19 @@ from typing import Any
 import uvicorn
 
 
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
-def serving(application: Any) -> Iterator[str]:
-    """Run an ASGI application on a free port in a thread; gives its base URL."""
+def serving(application: Any, **settings: Any) -> Iterator[str]:
+    """Run an ASGI application on a free port in a thread; gives its base URL. `settings` are uvicorn's."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(application, **{"log_level": "warning", **settings}))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + 20

@@ -9,7 +9,8 @@ from flywheel_ray.chat import HttpChat, as_stream, assemble_stream, read_sse, to
 from flywheel_ray.errors import ChatError, ChatUnavailable
 from flywheel_ray.records import Completion, read_completion
 from flywheel_ray.services import ChatPrompt, Generation, Unanswered
-from tests.upstream import TOOL, Upstream, completion, free_port, running
+from tests.servers import free_port
+from tests.upstream import TOOL, Upstream, completion, running
 
 
 def prompt(text: str = "please route to cards", tools: bool = True) -> ChatPrompt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from nbclient import NotebookClient
 from flywheel_ray.records import Record
 from flywheel_ray.services import LogQuery
 from flywheel_ray.stores import open_store
+from tests.servers import free_port
 from tests.values import hit
 
 ROOT = Path(__file__).parent.parent
@@ -32,12 +32,6 @@ generation: {{max_tokens: 12}}
 max_eval_records: 4
 max_concurrent: 2
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,8 @@ from serve import app, student
 from serve.gateway import Gateway
 from serve.log_writer import LogWriter
 from serve.student import StudentSpec
-from tests.upstream import TOOL, Upstream, free_port, running
+from tests.servers import free_port
+from tests.upstream import TOOL, Upstream, running
 
 pytestmark = pytest.mark.slow
 

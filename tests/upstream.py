@@ -8,15 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from tests.servers import serving
 
 
 class Upstream:
@@ -132,26 +130,8 @@ TOOL = {
 }
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def running(app: Any, lifespan: str = "off") -> Iterator[tuple[str, Any]]:
     """The app behind a real socket on a free port; yields (base URL ending in /v1, app)."""
-    port = free_port()
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical", lifespan=lifespan)  # type: ignore
-    server = uvicorn.Server(config)
-    server.config.timeout_graceful_shutdown = 0
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 10
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}/v1", app
-    finally:
-        server.should_exit = True
-        thread.join(10)
+    with serving(app, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=0) as url:
+        yield f"{url}/v1", app

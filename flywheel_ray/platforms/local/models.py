@@ -133,13 +133,6 @@ def load(model: str, cache: Path, device: str | None = None) -> Base:
         return _LOADED[key]
 
 
-def load_tokenizer(model: str, cache: Path) -> Any:
-    """The tokenizer alone, ready for formatting: it has a chat template and a padding token, and pads on the left."""
-    source = resolve(model, cache)
-    tokenizer = _hub(lambda: AutoTokenizer.from_pretrained(source), model)
-    return _prepared(tokenizer)
-
-
 def resolve(model: str, cache: Path) -> str:
     """A folder or name that transformers loads; converts an embedded student where that has not been done yet."""
     if model in EMBEDDED:
