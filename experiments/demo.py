@@ -24,11 +24,8 @@ from pathlib import Path
 
 import httpx
 
-from flywheel_ray.config import SweepConfig, load
 from flywheel_ray.datasets import Dataset
 from flywheel_ray.datasets import load as load_dataset
-
-CLIENT, WORKLOAD = "acme-support", "support.assistant"
 
 
 def main() -> None:
@@ -67,12 +64,7 @@ def main() -> None:
     flywheel("workloads")
 
     step("2. Dataset", started)
-    split = load(options.sweep, SweepConfig).split
-    folder = flywheel(
-        "dataset", "build", "--client", CLIENT, "--workload", WORKLOAD,
-        "--eval-fraction", str(split.eval_fraction), "--validation-fraction", str(split.validation_fraction),
-        capture=True,
-    ).splitlines()[-1]  # fmt: skip
+    folder = flywheel("dataset", "build", "--config", options.sweep, capture=True).splitlines()[-1]
 
     step("3. Sweep and leaderboard", started)
     flywheel("sweep", options.sweep, "--dataset", folder)

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 from flywheel_ray.errors import ChatError, ChatUnavailable
-from flywheel_ray.records import Completion, Rejected, read_completion
+from flywheel_ray.records import Completion, Rejected, assemble_stream, read_completion  # noqa: F401
 from flywheel_ray.services import ChatPrompt, Generation, Unanswered
 
 MAX_BACKOFF_S = 60.0
@@ -238,59 +238,6 @@ def read_sse(body: bytes) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(chunk, dict):
             yield chunk
-
-
-def assemble_stream(chunks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The ChatCompletion object that a stream of chunks amounts to.
-
-    Texts and tool-call arguments are joined; usage comes from the chunk that has it, so it may be missing. A stream
-    that broke off has `finish_reason` None; one without choices gives `"choices": []`, which is no completion.
-    """
-    whole: dict[str, Any] = {"object": "chat.completion", "choices": []}
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
-        for field in ("id", "created", "model", "system_fingerprint", "service_tier", "usage"):
-            if chunk.get(field) is not None:
-                whole[field] = chunk[field]
-        for part in chunk.get("choices") or []:
-            if isinstance(part, dict):
-                _add(choices, part)
-    for index in sorted(choices):
-        message = choices[index]["message"]
-        if "tool_calls" in message:
-            message["tool_calls"] = [call for _, call in sorted(message["tool_calls"].items())]
-    whole["choices"] = [choices[index] for index in sorted(choices)]
-    return whole
-
-
-def _add(choices: dict[int, dict[str, Any]], part: Mapping[str, Any]) -> None:
-    index = part.get("index") or 0
-    empty = {"index": index, "message": {"role": "assistant", "content": None}, "finish_reason": None}
-    choice = choices.setdefault(index, empty)
-    if part.get("finish_reason") is not None:
-        choice["finish_reason"] = part["finish_reason"]
-    delta = part.get("delta")
-    message = choice["message"]
-    for field, value in (delta if isinstance(delta, dict) else {}).items():
-        if field == "tool_calls":
-            for i, call in enumerate(value or []):
-                _add_call(message.setdefault("tool_calls", {}), i, call)
-        elif field == "role":
-            message["role"] = value or message["role"]
-        elif isinstance(value, str):
-            message[field] = (message.get(field) or "") + value
-        elif value is not None:
-            message[field] = value
-
-
-def _add_call(calls: dict[int, dict[str, Any]], position: int, part: Mapping[str, Any]) -> None:
-    call = calls.setdefault(
-        part.get("index", position), {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
-    )
-    call["id"] = part.get("id") or call["id"]
-    for field, value in (part.get("function") or {}).items():
-        if isinstance(value, str):
-            call["function"][field] = call["function"].get(field, "") + value
 
 
 def as_stream(completion: Mapping[str, Any], include_usage: bool = False) -> list[dict[str, Any]]:

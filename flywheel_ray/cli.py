@@ -10,22 +10,32 @@ Every error raised on purpose ends in one clear line and exit code 1; wrong usag
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flywheel_ray import __version__
+from flywheel_ray.cli_data import dataset_app, logs_app, prepared, show_counts
 from flywheel_ray.config import Places, SweepConfig, load
-from flywheel_ray.datasets import Dataset, SplitPolicy, build
+from flywheel_ray.console import (
+    RUNS,
+    JsonOption,
+    RunsOption,
+    StoreOption,
+    err,
+    escaped,
+    opened,
+    out,
+    places_of,
+    print_json,
+    wide,
+)
 from flywheel_ray.datasets import load as load_dataset
 from flywheel_ray.errors import ConfigError, DatasetError, FlywheelError, LedgerError
 from flywheel_ray.leaderboard import Leaderboard, Row
@@ -37,7 +47,6 @@ from flywheel_ray.rollout import Arm, Rollout, RolloutReport, StudentTarget, dec
 from flywheel_ray.rollout import report as rollout_report
 from flywheel_ray.services import Generation, LogQuery, LogStore
 from flywheel_ray.stats import Interval
-from flywheel_ray.stores import open_store
 from flywheel_ray.stores.ingest import IngestSummary, ingest, read_lines
 
 app = typer.Typer(
@@ -46,49 +55,15 @@ app = typer.Typer(
     add_completion=False,
     help="Turn a teacher model's production logs into a small student that can replace it, and prove it live.",
 )
-dataset_app = typer.Typer(no_args_is_help=True, help="Build and look at datasets.")
 rollout_app = typer.Typer(no_args_is_help=True, help="Look at live comparisons.")
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(logs_app, name="logs")
 app.add_typer(rollout_app, name="rollout")
 
-out = Console()
-err = Console(stderr=True, soft_wrap=True)
-
-RunsOption = Annotated[
-    Path,
-    typer.Option("--runs", envvar="FLYWHEEL_RUNS", help="Folder of datasets, ledger and adapters."),
-]
-StoreOption = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        envvar="FLYWHEEL_STORE",
-        help="Log store: a SQLite file, or http(s)://host:port/index for Elasticsearch. Default: RUNS/logs.sqlite.",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 FingerprintOption = Annotated[
     str | None,
     typer.Option("--dataset", help="Fingerprint (or its beginning) of the dataset. Default: the latest one swept."),
 ]
-RUNS = Path("runs")
-
-
-def _places(runs: Path, store: str | None) -> Places:
-    runs = runs.absolute()
-    return Places(runs=runs, store=store or str(runs / "logs.sqlite"))
-
-
-@contextmanager
-def _store(places: Places, create: bool = False) -> Iterator[LogStore]:
-    if create and "://" not in places.store:
-        Path(places.store).parent.mkdir(parents=True, exist_ok=True)
-    store = open_store(places.store, create=create)
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 @app.command("ingest")
@@ -109,13 +84,13 @@ def ingest_command(
     Running it again adds nothing twice. Lines that are no record are kept in the rejects file; where there are any, the
     command ends with exit code 1 after storing all the good ones.
     """
-    places = _places(runs, store)
+    places = places_of(runs, store)
     rejects = rejects or places.runs / "rejects.jsonl"
     for name in files:
         if name != "-" and not Path(name).is_file():
             raise ConfigError(f"{name}: no such file; nothing was ingested")
     rejected = 0
-    with _store(places, create=True) as log_store:
+    with opened(places, create=True) as log_store:
         for name in files:
             summary = _ingest_one(name, log_store, rejects)
             rejected += summary.rejected
@@ -147,87 +122,15 @@ def _ingest_one(name: str, store: LogStore, rejects: Path) -> IngestSummary:
 @app.command()
 def workloads(store: StoreOption = None, runs: RunsOption = RUNS, as_json: JsonOption = False) -> None:
     """List the workloads in the log store."""
-    with _store(_places(runs, store)) as log_store:
+    with opened(places_of(runs, store)) as log_store:
         found = log_store.workloads()
     if as_json:
-        _print_json([{"client_id": c, "workload_id": w, "records": n} for c, w, n in found])
+        print_json([{"client_id": c, "workload_id": w, "records": n} for c, w, n in found])
         return
     table = Table("client", "workload", "records", title_justify="left")
     for client, workload, count in found:
         table.add_row(client, workload, f"{count:,}")
     out.print(table)
-
-
-@dataset_app.command("build")
-def dataset_build(
-    client: Annotated[str, typer.Option(help="client_id of the records.")],
-    workload: Annotated[str, typer.Option(help="workload_id of the records.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Parent folder. Default: RUNS/datasets.")] = None,
-    eval_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share held out for evaluation.")] = 0.2,
-    validation_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share for validation loss.")] = 0.1,
-    store: StoreOption = None,
-    runs: RunsOption = RUNS,
-) -> None:
-    """Build a deduplicated, split dataset from a workload's teacher-served records.
-
-    Prints the folder, which is named by the dataset's fingerprint.
-    """
-    places = _places(runs, store)
-    try:
-        policy = SplitPolicy(eval_fraction=eval_fraction, validation_fraction=validation_fraction)
-    except ValueError as error:
-        raise ConfigError(f"--eval-fraction, --validation-fraction: {_first_reason(error)}") from None
-    dataset = _build(places, client, workload, policy)
-    folder = dataset.save(out_dir or places.datasets)
-    _show_dataset(dataset)
-    print(folder)
-
-
-@dataset_app.command("show")
-def dataset_show(
-    folder: Annotated[Path, typer.Argument(help="A dataset folder.")], as_json: JsonOption = False
-) -> None:
-    """Show a dataset's counts and what was left out, and why."""
-    dataset = load_dataset(folder)
-    if as_json:
-        _print_json(dataset.manifest.model_dump(mode="json"))
-    else:
-        _show_dataset(dataset)
-
-
-def _first_reason(error: ValueError) -> str:
-    return str(error).splitlines()[0]
-
-
-def _build(places: Places, client: str, workload: str, policy: SplitPolicy) -> Dataset:
-    with _store(places) as log_store:
-        query = LogQuery(client_id=client, workload_id=workload)
-        total = log_store.count(query)
-        if total == 0:
-            known = ", ".join(f"{c}/{w}" for c, w, _ in log_store.workloads()) or "none"
-            raise DatasetError(f"no records of client {client!r}, workload {workload!r}; the store has: {known}")
-        columns = (TextColumn("dataset"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=err, transient=True) as bar:
-            records: Iterator[Record] = iter(bar.track(log_store.scan(query), total=total))
-            return build(
-                records,
-                policy,
-                client_id=client,
-                workload_id=workload,
-                source=type(log_store).__name__,
-                query=query.model_dump(exclude_none=True),
-            )
-
-
-def _show_dataset(dataset: Dataset) -> None:
-    manifest = dataset.manifest
-    err.print(
-        f"dataset {dataset.fingerprint}: {len(dataset.train)} train, {len(dataset.validation)} validation, "
-        f"{len(dataset.eval)} eval",
-        highlight=False,
-    )
-    for reason, count in manifest.excluded.items():
-        err.print(f"  left out {count:,}: {reason}", highlight=False, markup=False)
 
 
 @app.command()
@@ -249,15 +152,19 @@ def sweep(
     from flywheel_ray.sweep import run_sweep, settings_of
     from flywheel_ray.trial import trial_key
 
-    places = _places(runs, store)
+    places = places_of(runs, store)
     config = load(config_path, SweepConfig)
     if folder is not None:
         dataset = load_dataset(folder)
     else:
-        dataset = _build(places, config.workload.client_id, config.workload.workload_id, config.split)
-    _show_dataset(dataset)
+        workload = config.workload
+        query = LogQuery(client_id=workload.client_id, workload_id=workload.workload_id)
+        dataset = load_dataset(prepared(places, query, config.dataset))
+    show_counts(dataset.manifest)
     if not dataset.eval:
-        raise DatasetError(f"dataset {dataset.fingerprint} has no evaluation records; raise split.eval_fraction")
+        raise DatasetError(
+            f"dataset {dataset.fingerprint} has no evaluation records; raise dataset.split.eval_fraction"
+        )
     if dry_run:
         settings, ledger = settings_of(config), Ledger(places.ledger)
         for candidate in candidates_of(config.search):
@@ -311,15 +218,15 @@ def leaderboard_command(
     as_json: JsonOption = False,
 ) -> None:
     """Rank the trials of a sweep against the teacher, with 95% intervals, latency, tokens and cost."""
-    board = _board(_places(runs, store), fingerprint)
+    board = _board(places_of(runs, store), fingerprint)
     if as_json:
-        _print_json(board.model_dump(mode="json"))
+        print_json(board.model_dump(mode="json"))
     else:
         _print_board(board)
 
 
 def _print_board(board: Leaderboard) -> None:
-    console = _console()
+    console = wide()
     table = Table(title=f"dataset {board.fingerprint}, ranked by {board.metric}", title_justify="left")
     metrics = list(board.teacher.scores)
     unscored = any(any(row.unscored.values()) for row in board.rows)
@@ -334,16 +241,11 @@ def _print_board(board: Leaderboard) -> None:
     console.print(table)
     for failed in board.failed:
         console.print(
-            f"[red]failed[/] {failed.candidate.label} at {failed.stage}: {_escape(failed.error)}", highlight=False
+            f"[red]failed[/] {failed.candidate.label} at {failed.stage}: {escaped(failed.error)}", highlight=False
         )
     console.print(
         f"{board.verdict}\njudge: {board.judge or 'none'}; * nothing is both better and cheaper", highlight=False
     )
-
-
-def _console() -> Console:
-    """Standard output; a log file has no width of its own, and a table that folds its cells cannot be read there."""
-    return out if out.is_terminal else Console(width=200)
 
 
 def _cells(row: Row, metrics: Sequence[str], unscored: bool) -> list[str]:
@@ -383,10 +285,10 @@ def serve(
 
     Students named `best` or by a trial's key are taken from the ledger. Ctrl-C stops it after writing the last logs.
     """
-    places = _places(runs, store)
+    places = places_of(runs, store)
     rollout = load(config, Rollout)
     students = {arm.name: spec for arm in rollout.arms if (spec := _student(rollout, arm, places)) is not None}
-    with _store(places, create=True):
+    with opened(places, create=True):
         pass  # a store that cannot be opened is said here, before anything starts
     # Ray Serve apps are named by import path, so that nothing in the package depends on one.
     importlib.import_module("serve.app").run(rollout, places.store, students, host=host, port=port)
@@ -421,16 +323,16 @@ def rollout_report_command(
 ) -> None:
     """Compare the arms with the teacher on paired requests, and say what the evidence allows."""
     rollout = load(config, Rollout)
-    found = rollout_report(rollout, _rollout_records(_places(runs, store), rollout))
+    found = rollout_report(rollout, _rollout_records(places_of(runs, store), rollout))
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
         return
     _print_rollout(rollout, found)
 
 
 def _rollout_records(places: Places, rollout: Rollout) -> list[Record]:
     """What a rollout logged; there is some, or LedgerError."""
-    with _store(places) as log_store:
+    with opened(places) as log_store:
         records = list(log_store.scan(LogQuery(rollout=rollout.name)))
     if not records:
         raise LedgerError(
@@ -441,7 +343,7 @@ def _rollout_records(places: Places, rollout: Rollout) -> list[Record]:
 
 def _print_rollout(rollout: Rollout, found: RolloutReport) -> None:
     errors = f", {sum(found.teacher_errors.values())} of them failed" if found.teacher_errors else ""
-    console = _console()
+    console = wide()
     console.print(
         f"rollout {rollout.name}: {found.exchanges} exchanges, {found.teacher_requests} asked of the teacher{errors}",
         highlight=False,
@@ -494,7 +396,7 @@ def report(
     """Write one self-contained HTML page: decision card, leaderboard, plots, live pairs, disagreements."""
     from flywheel_ray.analysis import shadow_frame, write_report
 
-    places = _places(runs, store)
+    places = places_of(runs, store)
     board = _board(places, fingerprint)
     dataset = load_dataset(places.datasets / board.fingerprint)
     live, shadow, gates = None, None, None
@@ -515,16 +417,12 @@ def version() -> None:
     print(__version__)
 
 
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, ensure_ascii=False, indent=2))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `flywheel` command."""
     try:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
     except FlywheelError as error:
-        err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("stopped", highlight=False)
@@ -533,12 +431,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader of our output went away (`| head`): not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

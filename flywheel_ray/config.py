@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from flywheel_ray.candidates import SearchSpace
-from flywheel_ray.datasets import SplitPolicy
+from flywheel_ray.datasets import DatasetPolicy
 from flywheel_ray.errors import ConfigError
 from flywheel_ray.leaderboard import LeaderboardSettings
 from flywheel_ray.results import Price
@@ -123,13 +123,21 @@ class TrialResources(Value):
     gpus: float = Field(default=0, ge=0)
 
 
+class DatasetConfig(Value):
+    """A dataset: whose traffic, and what becomes of it."""
+
+    type: Literal["dataset"]
+    workload: WorkloadName
+    dataset: DatasetPolicy = DatasetPolicy()
+
+
 class SweepConfig(Value):
     """A sweep: whose traffic, which candidates, what each trial may use, and how the leaderboard ranks them."""
 
     type: Literal["sweep"]
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     workload: WorkloadName
-    split: SplitPolicy = SplitPolicy()
+    dataset: DatasetPolicy = DatasetPolicy()
     search: SearchSpace
     platform: PlatformConfig = LocalPlatformConfig()
     judge: JudgeConfig = RubricJudgeConfig()

@@ -1,12 +1,12 @@
 """A dataset is a workload's teacher-served records, deduplicated and split once and for all by conversation.
 
-    dataset = build(store.scan(query), SplitPolicy(eval_fraction=0.2), client_id="acme", workload_id="support")
+    dataset = build(store.scan(query), DatasetPolicy(), client_id="acme", workload_id="support")    # see `builds`
     dataset.fingerprint        # "3f9a0c2d41b7e655": names the folder; two leaderboards compare only on the same one
-    folder = dataset.save(out) # out/3f9a…/{train,validation,eval}.jsonl, manifest.json
+    folder = dataset.save(out) # out/3f9a…/{train,validation,eval,tools}.jsonl, manifest.json
     load(folder) == dataset
 
-The side of a record is a threshold on a hash of its conversation: adding logs never moves a record, the turns of one
-conversation stay together, and so do duplicates. The evaluation set only ever grows.
+The folder is whole or not there at all, and every byte of it is covered by a hash. Rows are read on demand, so a
+dataset may be larger than memory. What was left out stands in the manifest with its reason, and the counts add up.
 """
 
 from __future__ import annotations
@@ -17,40 +17,33 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+import msgspec
+from pydantic import Field
 
 from flywheel_ray.errors import DatasetError
-from flywheel_ray.records import TEACHER, Completion, Record, conversation_of, readable, to_json_line
-from flywheel_ray.values import Value, content_hash
-
-Split = Literal["train", "validation", "eval"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "eval")
-
-OTHER_WORKLOAD = "another workload"
-SHADOW = "shadow copy"
-ARM = "served by an arm"
-FAILED = "failed exchange"
-TRUNCATED = "truncated answer"
-FILTERED = "content filtered"
-MALFORMED = "tool arguments are not an object"
-EMPTY = "empty answer"
-NOT_TEXT = "request is not only text"
-DUPLICATE = "duplicate request"
+from flywheel_ray.near_duplicates import NearDuplicates
+from flywheel_ray.records import Completion, conversation_of, to_json_line
+from flywheel_ray.redaction import Redaction
+from flywheel_ray.splits import SPLITS, Sides, Split, SplitPolicy
+from flywheel_ray.toolbox import tools_id
+from flywheel_ray.values import Value, canonical_bytes, content_hash
 
 NO_TOOL = "(no tool)"
 """Stands for the tool's name, in counts, where the teacher answered with text."""
 
 _MANIFEST = "manifest.json"
+_TOOLS = "tools.jsonl"
 
 
 class Example(Value):
     """One row of a dataset: what was asked, and the teacher's answer as the reference.
 
-    `id` is the record's request hash; `conversation` groups rows that are not independent.
+    `id` is a hash of the request (messages, tools, tool_choice); `conversation` groups rows that are not independent.
     """
 
     id: str
@@ -58,33 +51,27 @@ class Example(Value):
     timestamp: float
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: Any = None
+    faults: tuple[str, ...] = ()
+    """What is wrong with the reference's tool calls, where the policy keeps such rows: `Fault.kind` of each."""
     reference: Completion
 
 
-class SplitPolicy(Value):
-    """Which side a conversation falls on: a threshold on a salted hash of its name, so that it never changes sides.
+class DatasetPolicy(Value):
+    """What becomes of records: everything about a dataset that is a choice and not content. Part of its fingerprint."""
 
-    Lowering or raising a fraction moves only what lies between the old threshold and the new one; another `salt` deals
-    all conversations anew. What is neither eval nor validation is for training.
-    """
-
-    eval_fraction: float = Field(default=0.2, ge=0, le=1)
-    validation_fraction: float = Field(default=0.1, ge=0, le=1)
-    salt: str = "flywheel-1"
-
-    @model_validator(mode="after")
-    def _leave_no_overlap(self) -> SplitPolicy:
-        if self.eval_fraction + self.validation_fraction > 1:
-            raise ValueError("eval_fraction + validation_fraction is more than 1")
-        return self
-
-    def side(self, conversation: str) -> Split:
-        """The split of a conversation, from its name alone."""
-        digest = hashlib.sha256((self.salt + conversation).encode("utf-8", "surrogatepass")).hexdigest()
-        share = int(digest[:13], 16) / 16**13  # 52 bits: exact in a float, and below 1
-        if share < self.eval_fraction:
-            return "eval"
-        return "validation" if share < self.eval_fraction + self.validation_fraction else "train"
+    split: SplitPolicy = SplitPolicy()
+    conflicts: Literal["majority", "latest", "drop"] = "majority"
+    """Which answer to a request counts when the teacher gave several: the most frequent (of those the latest), the
+    latest, or none."""
+    near_duplicates: NearDuplicates | None = NearDuplicates()
+    """Which requests are nearly the same, and then one is kept; null keeps them all, and checks leaks of equal ones."""
+    invalid_calls: Literal["drop", "keep", "eval_only"] = "drop"
+    """Tool calls to a tool that was not offered, or with arguments that break its schema."""
+    media: Literal["keep", "drop"] = "keep"
+    """Requests with images, sound or files; kept ones hold the content's hash in its place."""
+    redaction: Redaction | None = None
+    """Replace private data by stand-ins; null leaves the text alone."""
 
 
 class SplitCounts(Value):
@@ -100,20 +87,34 @@ class SplitCounts(Value):
         return self.train + self.validation + self.eval
 
 
+class LeakCheck(Value):
+    """What was looked for between the sides; a dataset in which something was found is not made."""
+
+    requests: Literal["none"] = "none"
+    conversations: Literal["none"] = "none"
+    near_duplicates: Literal["none", "not checked"]
+    near_threshold: float | None = None
+    """Similarity from which two rows on different sides are a leak, above that of the deduplication; less for short
+    texts (see `NearDuplicates.leak`)."""
+
+
 class Manifest(Value):
     """Where a dataset came from, what was left out and why, and the hashes that hold it together.
 
     `scanned == rows.total + sum(excluded.values())`, always.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     client_id: str
     workload_id: str
     source: str = ""
     """The log store it was read from, as the command line names it."""
     query: dict[str, Any] = Field(default_factory=dict)
     """The query that selected the records, as JSON."""
-    policy: SplitPolicy
+    policy: DatasetPolicy
+    sides: Sides
+    previous: str | None = None
+    """Fingerprint of the dataset whose sides this one continues."""
     scanned: int
     excluded: dict[str, int]
     """Reason → number of records left out."""
@@ -122,35 +123,93 @@ class Manifest(Value):
     """Independent groups of rows: the sample size that honest intervals go by."""
     tools: dict[str, SplitCounts]
     """Tool → number of rows whose reference calls it (a row may call several); `NO_TOOL` counts answers in text."""
+    faults: dict[str, int] = Field(default_factory=dict)
+    """Kind of fault → number of rows kept with it."""
+    conflicting_requests: int = 0
+    """Requests to which the teacher gave more than one answer."""
+    several_choices: int = 0
+    """Records whose response had more choices than the first, which is the answer."""
+    redacted: dict[str, int] = Field(default_factory=dict)
+    """Kind of private data → number of places it was replaced in, over all usable records."""
+    leak_check: LeakCheck
     first_timestamp: float
     last_timestamp: float
     """The time of the oldest and the newest row, epoch seconds."""
-    files: dict[str, str]
-    """File name → SHA-256 of its bytes."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """File name → SHA-256 of its bytes; empty until the dataset is saved."""
     fingerprint: str
 
     @property
     def name(self) -> str:
-        """What people call it: "acme/support"."""
+        """The workload, as `client/workload`."""
         return f"{self.client_id}/{self.workload_id}"
 
+    @property
+    def uncovered(self) -> dict[str, str]:
+        """Tools that one of the sides never sees → "evaluation" or "training": figures say nothing about them."""
+        lacking = {name: "evaluation" for name, counts in self.tools.items() if not counts.eval}
+        return lacking | {name: "training" for name, counts in self.tools.items() if not counts.train}
 
-class Dataset(Value):
-    """A workload's examples in three splits, each ordered by `Example.id`, and the manifest."""
 
-    manifest: Manifest
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    eval: tuple[Example, ...]
+Lines = Callable[[Collection[Split]], Iterator[tuple[Split, bytes]]]
+"""Reads rows of some splits: (split, JSON line without its end), in each split by `Example.id`."""
+
+
+class Dataset:
+    """A workload's examples in three splits, each ordered by `Example.id`, and the manifest.
+
+    Rows are read when they are asked for: `split` (and `train`, `validation`, `eval`) keeps them, `stream` does not.
+    """
+
+    def __init__(self, manifest: Manifest, tools: Mapping[str, Sequence[dict[str, Any]]], lines: Lines) -> None:
+        self.manifest = manifest
+        self._tools = {id: tuple(listed) for id, listed in tools.items()}
+        self.lines = lines
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over all rows of all splits and the policy: equal for equal content, wherever built."""
         return self.manifest.fingerprint
 
+    @cached_property
+    def train(self) -> tuple[Example, ...]:
+        """Rows to learn from."""
+        return tuple(self.stream("train"))
+
+    @cached_property
+    def validation(self) -> tuple[Example, ...]:
+        """Rows to watch the loss on."""
+        return tuple(self.stream("validation"))
+
+    @cached_property
+    def eval(self) -> tuple[Example, ...]:
+        """Rows to score on."""
+        return tuple(self.stream("eval"))
+
     def split(self, name: Split) -> tuple[Example, ...]:
         """The rows of a split by its name."""
-        return {"train": self.train, "validation": self.validation, "eval": self.eval}[name]
+        rows: tuple[Example, ...] = getattr(self, name)
+        return rows
+
+    def stream(self, name: Split) -> Iterator[Example]:
+        """The rows of a split, one at a time and not kept.
+
+        Raises:
+            DatasetError: a row is unreadable.
+        """
+        for _, line in self.lines((name,)):
+            yield self._example(line)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Dataset):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint and all(self.split(s) == other.split(s) for s in SPLITS)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{getattr(self.manifest.rows, s)} {s}" for s in SPLITS)
+        return f"<Dataset {self.fingerprint} of {self.manifest.name}: {counts}>"
 
     def save(self, out: Path) -> Path:
         """Write the dataset to `out/<fingerprint>/` and return that folder.
@@ -170,10 +229,7 @@ class Dataset(Value):
             part = Path(tempfile.mkdtemp(prefix=f".{self.fingerprint}.", dir=out))
             try:
                 part.chmod(0o755)  # mkdtemp makes private folders; a dataset is read by other users' workers too
-                for name in SPLITS:
-                    _write(part / f"{name}.jsonl", _lines(self.split(name)))
-                manifest = json.dumps(self.manifest.model_dump(), indent=2, ensure_ascii=False) + "\n"
-                _write(part / _MANIFEST, [manifest.encode("utf-8", "backslashreplace")])
+                self._write(part)
                 part.rename(target)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
@@ -185,207 +241,223 @@ class Dataset(Value):
             raise DatasetError(f"cannot write dataset {target}: {error.strerror or error}") from error
         return target
 
+    def _write(self, folder: Path) -> None:
+        files = {name: _HashedFile(folder / f"{name}.jsonl") for name in SPLITS}
+        tools = _HashedFile(folder / _TOOLS)
+        try:
+            for name, line in self.lines(SPLITS):
+                files[name].write(line)
+            for id in sorted(self._tools):
+                tools.write(to_json_line({"id": id, "tools": self._tools[id]}).rstrip())
+            digests = {f"{name}.jsonl": files[name].close() for name in SPLITS} | {_TOOLS: tools.close()}
+        finally:
+            for file in (*files.values(), tools):
+                file.file.close()
+        manifest = self.manifest.model_copy(update={"files": digests})
+        text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        with (folder / _MANIFEST).open("wb") as written:
+            written.write(text.encode("utf-8", "backslashreplace"))
+            written.flush()
+            os.fsync(written.fileno())
 
-def build(
-    records: Iterable[Record],
-    policy: SplitPolicy | None = None,
-    *,
-    client_id: str,
-    workload_id: str,
-    source: str = "",
-    query: Mapping[str, Any] | None = None,
-) -> Dataset:
-    """Make a workload's dataset from its records. Pure; the order of the records does not matter.
+    def _example(self, line: bytes) -> Example:
+        try:
+            row = _decode(line)
+            row["tools"] = self._tools[row["tools"]] if "tools" in row else ()
+            return Example.model_validate(row)
+        except (ValueError, KeyError) as error:
+            raise DatasetError(
+                f"dataset {self.fingerprint} has an unreadable row: {str(error).splitlines()[0]}: {line[:80]!r}"
+            ) from error
 
-    Kept are whole answers by the teacher, whether from plain logs or recorded by the gateway. Requests are equal when
-    messages, tools and tool_choice are (sampling settings, model and user do not count), and then the latest answer
-    wins. Later steps of an agent loop are other requests, in the same conversation.
 
-    Args:
-        records: the workload's records; others are counted and left out.
-        policy: how to split; None means the default one.
-        client_id, workload_id: the workload.
-        source, query: for the manifest only: where the records came from.
+class _HashedFile:
+    """A file that is written once, in large pieces, and knows its SHA-256."""
 
-    Raises:
-        DatasetError: no record is usable, or the evaluation split is empty.
-    """
-    policy = policy or SplitPolicy()
-    scanned = 0
-    excluded: Counter[str] = Counter()
-    latest: dict[str, tuple[str, Example]] = {}
-    for record in records:
-        scanned += 1
-        reason = _unusable(record, client_id, workload_id)
-        if reason is not None:
-            excluded[reason] += 1
-            continue
-        example = example_of(record)
-        known = latest.get(example.id)
-        if known is not None:
-            excluded[DUPLICATE] += 1
-        if known is None or (known[1].timestamp, known[0]) < (example.timestamp, record.id):
-            latest[example.id] = (record.id, example)
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._pending: list[bytes] = []
+        self._size = 0
 
-    sides: dict[Split, list[Example]] = {name: [] for name in SPLITS}
-    for _, (_, example) in sorted(latest.items()):
-        sides[policy.side(example.conversation)].append(example)
-    if not latest:
-        raise DatasetError(_nothing(client_id, workload_id, scanned, excluded))
-    if policy.eval_fraction > 0 and not sides["eval"]:
-        raise DatasetError(
-            f"workload {workload_id!r} of client {client_id!r} has {len(latest)} usable records, and none fell on the "
-            f"evaluation side (eval_fraction {policy.eval_fraction:g}). Collect more logs, widen `since`, or raise "
-            "eval_fraction."
-        )
+    def write(self, line: bytes) -> None:
+        self._pending.append(line)
+        self._size += len(line)
+        if self._size > 1 << 20:
+            self._flush()
 
-    files = {f"{name}.jsonl": _sha256(_lines(sides[name])) for name in SPLITS}
-    times = [example.timestamp for _, example in latest.values()]
-    tools: dict[str, Counter[str]] = {}
+    def close(self) -> str:
+        self._flush()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self._digest.hexdigest()
+
+    def _flush(self) -> None:
+        if self._pending:
+            data = b"\n".join([*self._pending, b""])
+            self._digest.update(data)
+            self.file.write(data)
+            self._pending, self._size = [], 0
+
+
+class Move(Value):
+    """A row that is on another side than it was."""
+
+    id: str
+    old: Split
+    new: Split
+
+
+class Diff(Value):
+    """What differs between two datasets; rows are the same request where their ids are."""
+
+    old: str
+    new: str
+    """Fingerprints."""
+    settings: dict[str, tuple[Any, Any]]
+    """Setting of the policy, as a path → its old and new value."""
+    same: SplitCounts
+    added: SplitCounts
+    removed: SplitCounts
+    answered_otherwise: SplitCounts
+    """Rows on the side they were on, with another reference."""
+    moved_rows: int
+    moved: tuple[Move, ...]
+    """The first hundred of them."""
+
+
+def diff(old: Dataset, new: Dataset) -> Diff:
+    """Compare two datasets row by row. Memory grows with the number of rows, not with their size."""
+    before = {e.id: (name, _answer_of(e)) for name in SPLITS for e in old.stream(name)}
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in ("same", "added", "removed", "answered_otherwise")}
+    moved: list[Move] = []
     for name in SPLITS:
-        for example in sides[name]:
-            for tool in {call.name for call in example.reference.tool_calls} or {NO_TOOL}:
-                tools.setdefault(tool, Counter())[name] += 1
-    manifest = Manifest(
-        client_id=client_id,
-        workload_id=workload_id,
-        source=source,
-        query=dict(query or {}),
-        policy=policy,
-        scanned=scanned,
-        excluded=dict(sorted(excluded.items())),
-        rows=SplitCounts(**{name: len(sides[name]) for name in SPLITS}),
-        conversations=SplitCounts(**{name: len({e.conversation for e in sides[name]}) for name in SPLITS}),
-        tools={tool: SplitCounts(**counts) for tool, counts in sorted(tools.items())},
-        first_timestamp=min(times),
-        last_timestamp=max(times),
-        files=files,
-        fingerprint=_fingerprint(policy, sides),
-    )
-    return Dataset(
-        manifest=manifest,
-        train=tuple(sides["train"]),
-        validation=tuple(sides["validation"]),
-        eval=tuple(sides["eval"]),
+        for example in new.stream(name):
+            side, answer = before.pop(example.id, (None, b""))
+            if side is None:
+                counts["added"][name] += 1
+            elif side != name:
+                moved.append(Move(id=example.id, old=side, new=name))
+            else:
+                counts["same" if answer == _answer_of(example) else "answered_otherwise"][name] += 1
+    counts["removed"].update(side for side, _ in before.values())
+    policies = [_flat(dataset.manifest.policy.model_dump(mode="json")) for dataset in (old, new)]
+    names = sorted({*policies[0], *policies[1]})
+    return Diff(
+        old=old.fingerprint,
+        new=new.fingerprint,
+        settings={n: (a, b) for n in names if (a := policies[0].get(n)) != (b := policies[1].get(n))},
+        moved_rows=len(moved),
+        moved=tuple(moved[:100]),
+        **{kind: SplitCounts(**count) for kind, count in counts.items()},
     )
 
 
-def example_of(record: Record) -> Example:
-    """The dataset row of a record; its id is a hash of the request (messages, tools, tool_choice)."""
-    request = [record.messages, record.tools, record.request.get("tool_choice")]
-    return Example(
-        id=content_hash(request, 32),
-        conversation=conversation_of(record.client_id, record.workload_id, record.messages),
-        timestamp=record.timestamp,
-        messages=tuple(readable(record.messages)),
-        tools=tuple(readable(record.tools)),
-        reference=record.completion,
-    )
+def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) and value else {f"{path}{name}": value}
+    return flat
 
 
 def load(folder: Path) -> Dataset:
-    """Read a dataset folder written by `Dataset.save`, and check every hash.
+    """Open a dataset folder written by `Dataset.save`, and check the hashes of its files. Rows are read on demand.
 
     Raises:
         DatasetError: the folder is missing, incomplete, or was changed since it was written.
     """
     try:
-        manifest = Manifest.model_validate(json.loads((folder / _MANIFEST).read_bytes()))
-        contents = {name: (folder / f"{name}.jsonl").read_bytes() for name in SPLITS}
+        data = json.loads((folder / _MANIFEST).read_bytes())
+        if isinstance(data, dict) and data.get("format") == 1:
+            raise DatasetError(f"dataset {folder} was written by flywheel-ray 0.1. Build it again.")
+        manifest = Manifest.model_validate(data)
+        digests = {name: _digest_of(folder / name) for name in (*(f"{s}.jsonl" for s in SPLITS), _TOOLS)}
     except OSError as error:
         raise DatasetError(f"no dataset in {folder}: {error.strerror} ({error.filename})") from error
     except ValueError as error:
         raise DatasetError(_damaged(folder, f"{_MANIFEST} is unreadable")) from error
-    files = {f"{name}.jsonl": _sha256([contents[name]]) for name in SPLITS}
-    for name, digest in files.items():
+    for name, digest in digests.items():
         if manifest.files.get(name) != digest:
             raise DatasetError(_damaged(folder, f"{name} is not the file that was written"))
-    rows: dict[Split, tuple[Example, ...]] = {}
+    try:
+        listed = [_decode(line) for line in (folder / _TOOLS).read_bytes().splitlines()]
+        tools = {row["id"]: row["tools"] for row in listed}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(_damaged(folder, f"{_TOOLS} is unreadable")) from error
+
+    def lines(names: Collection[Split]) -> Iterator[tuple[Split, bytes]]:
+        for name in names:
+            with (folder / f"{name}.jsonl").open("rb") as file:
+                for line in file:
+                    yield name, line.rstrip(b"\n")
+
+    return Dataset(manifest, tools, lines)
+
+
+def validate(dataset: Dataset) -> None:
+    """Check a dataset from its rows alone: ids, conversations, sides, counts, fingerprint, and that nothing leaks.
+
+    Raises:
+        DatasetError: something is not as the manifest says.
+    """
+    manifest = dataset.manifest
+    keys: dict[Split, list[bytes]] = {name: [] for name in SPLITS}
+    side_of: dict[str, Split] = {}
     for name in SPLITS:
-        try:
-            rows[name] = tuple(Example.model_validate(json.loads(line)) for line in contents[name].splitlines())
-        except ValueError as error:  # hashes agree, so another version of the package wrote it
-            raise DatasetError(_damaged(folder, f"{name}.jsonl is unreadable")) from error
-        if len(rows[name]) != getattr(manifest.rows, name):
-            raise DatasetError(_damaged(folder, f"{name}.jsonl has {len(rows[name])} rows, not as its manifest says"))
-    if manifest.fingerprint != _fingerprint(manifest.policy, rows):
-        raise DatasetError(_damaged(folder, "the fingerprint is not that of the files"))
-    return Dataset(manifest=manifest, train=rows["train"], validation=rows["validation"], eval=rows["eval"])
+        for example in dataset.stream(name):
+            where = f"row {example.id} of {name}"
+            if example.id != request_id(example):
+                raise DatasetError(f"{where}: the id is not that of its request")
+            conversation = conversation_of(manifest.client_id, manifest.workload_id, example.messages)
+            if example.conversation != conversation:
+                raise DatasetError(f"{where}: the conversation is not that of its messages")
+            for key in (example.id, conversation):
+                if side_of.setdefault(key, name) != name:
+                    raise DatasetError(f"{where} leaks: it or its conversation is on the side {side_of[key]} too")
+            keys[name].append(bytes.fromhex(example.id) + _answer_of(example) + bytes.fromhex(conversation))
+        if len(keys[name]) != getattr(manifest.rows, name):
+            raise DatasetError(f"{name} has {len(keys[name])} rows, not as the manifest says")
+    if manifest.fingerprint != fingerprint_of(manifest.policy, {s: b"".join(keys[s]) for s in SPLITS}):
+        raise DatasetError(f"the fingerprint {manifest.fingerprint} is not that of the rows")
 
 
-def to_openai_row(example: Example) -> dict[str, Any]:
-    """The example as a row of OpenAI's fine-tuning JSONL: `messages` ending with the reference, `tools` if any."""
-    row: dict[str, Any] = {"messages": [*example.messages, example.reference.message()]}
-    if example.tools:
-        row["tools"] = list(example.tools)
-    return row
+def request_id(example: Example) -> str:
+    """The name of an example's request, as a build gives it: 32 hexadecimal digits."""
+    tools = tools_id(list(example.tools)) if example.tools else None
+    return hashlib.sha256(canonical_bytes([list(example.messages), tools, example.tool_choice])).hexdigest()[:32]
 
 
-def _unusable(record: Record, client_id: str, workload_id: str) -> str | None:
-    if (record.client_id, record.workload_id) != (client_id, workload_id):
-        return OTHER_WORKLOAD
-    if record.shadow:
-        return SHADOW
-    if record.served_by != TEACHER:
-        return ARM
-    if record.error:
-        return FAILED
-    answer = record.completion
-    if answer.finish_reason == "length":
-        return TRUNCATED
-    if answer.finish_reason == "content_filter":
-        return FILTERED
-    if any(isinstance(call.arguments, str) for call in answer.tool_calls):
-        return MALFORMED
-    if not answer.tool_calls and not answer.text.strip():
-        return EMPTY
-    return None if all(_is_text(message) for message in record.messages) else NOT_TEXT
+def answer_digest(reasoning: str | None, text: str, calls: Sequence[Mapping[str, Any]]) -> bytes:
+    """16 bytes over an answer: its reasoning, its text, and its calls as {name, arguments}."""
+    return hashlib.sha256(canonical_bytes([reasoning, text, calls])).digest()[:16]
 
 
-def _is_text(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return True
-    return all(isinstance(part, str) or (isinstance(part, dict) and "text" in part) for part in content)
+def _answer_of(example: Example) -> bytes:
+    answer = example.reference
+    calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
+    return answer_digest(answer.reasoning, answer.text, calls)
 
 
-def _nothing(client_id: str, workload_id: str, scanned: int, excluded: Mapping[str, int]) -> str:
-    where = f"workload {workload_id!r} of client {client_id!r}"
-    if not scanned:
-        return f"no records of {where}. Check both names, widen `since`, or run `flywheel ingest` first."
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(excluded.items()))
-    return f"{where} has no usable record among {scanned}: {reasons}. Widen `since`, or log whole teacher answers."
+def fingerprint_of(policy: DatasetPolicy, rows: Mapping[Split, bytes]) -> str:
+    """The name of a dataset.
+
+    Args:
+        policy: how it was made.
+        rows: for each split, 40 bytes a row in order of id: id (16), `answer_digest` (16), conversation (8).
+    """
+    # What was measured (times, tokens) is left out: replaying old traffic must not make a new dataset. So are settings
+    # at their defaults: a setting that a later version adds must not rename what exists.
+    hashes = {name: hashlib.sha256(rows[name]).hexdigest() for name in SPLITS}
+    return content_hash([policy.model_dump(mode="json", exclude_defaults=True), hashes])
 
 
-def _row(example: Example) -> dict[str, Any]:
-    reference = {field: value for field, value in example.reference if value is not None}
-    reference["tool_calls"] = [{"name": c.name, "arguments": c.arguments} for c in example.reference.tool_calls]
-    return {**dict(example), "reference": reference}
-
-
-def _lines(examples: Iterable[Example]) -> Iterator[bytes]:
-    return (to_json_line(_row(example)) for example in examples)
-
-
-def _sha256(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fingerprint(policy: SplitPolicy, splits: Mapping[Split, Sequence[Example]]) -> str:
-    # Over canonical rows, not over the files: a store that reorders the keys of an object must not make a new dataset.
-    hashes = {name: content_hash([content_hash(_row(row), 64) for row in splits[name]], 64) for name in SPLITS}
-    return content_hash([policy.model_dump(mode="json"), hashes])
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(folder: Path, what: str) -> str:
     return f"dataset {folder} is damaged: {what}. Delete the folder and build it again."
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
-        file.writelines(chunks)
-        file.flush()
-        os.fsync(file.fileno())
+_decode = msgspec.json.Decoder().decode

@@ -8,26 +8,36 @@
 Every record says who answered (`served_by`); logs that do not say come from the teacher, the only one there was.
 Tool-call arguments arrive as JSON strings (the API) or objects (some loggers) and become objects here. Malformed ones
 are a fault of the log where the teacher answered (rejected), and a measurement where an arm did (kept as text).
+A stream logged as its list of chunks is put together; `function_call` of the API before tools reads as a tool call.
+
+Lines are read twice as fast as a JSON parser alone would: a workload's tools are most of a line and nearly always the
+same text, so equal texts are parsed once and share one list, which nobody may change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import msgspec
 from pydantic import ValidationError
 
-from flywheel_ray.values import Value, canonical_json, content_hash
+from flywheel_ray.values import Value, canonical_bytes, canonical_json, content_hash
 
 TEACHER = "teacher"
 """`served_by` of a completion by the model in production."""
 
 MAX_DEPTH = 100
 """How deep a logged object may nest; deeper ones would exhaust the stack of whoever writes them out again."""
+
+INTERRUPTED = "interrupted"
+"""`finish_reason` of an answer whose logged stream has no end."""
 
 
 class ToolCall(Value):
@@ -45,6 +55,10 @@ class Completion(Value):
 
     text: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str | None = None
+    """What a reasoning model thought aloud; not part of the answer."""
+    refused: bool = False
+    """The API's own refusal; its words are the text."""
     finish_reason: str | None = None
     latency_s: float | None = None
     prompt_tokens: int | None = None
@@ -75,12 +89,10 @@ class Completion(Value):
 class Record(Value):
     """One logged exchange. `request` and `response` are kept as logged; the rest is what the flywheel reads.
 
-    `id` is a hash of the whole exchange, so the same line twice is one record. A live exchange of a rollout also has
-    `exchange_id` (shared by the primary answer and its shadow copies), `rollout`, `arm` and, when the arm gave no good
-    answer, `error` ("timeout", "queue_full", "http_500", …) with an empty response.
+    A live exchange of a rollout also has `exchange_id` (shared by the primary answer and its shadow copies), `rollout`,
+    `arm` and, when the arm gave no good answer, `error` ("timeout", "queue_full", "http_500", …) and an empty response.
     """
 
-    id: str
     client_id: str
     workload_id: str
     timestamp: float
@@ -95,15 +107,39 @@ class Record(Value):
     shadow: bool = False
     error: str | None = None
 
+    @cached_property
+    def id(self) -> str:
+        """A hash of the whole exchange, 32 hexadecimal digits: the same line twice is one record."""
+        names = {"exchange_id": self.exchange_id, "rollout": self.rollout, "arm": self.arm}
+        who = [self.client_id, self.workload_id, self.timestamp, self.served_by]
+        return content_hash([*who, self.request, self.response, names, self.error], 32)
+
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The request's chat messages."""
+        """The request's chat messages as logged."""
         return self.request["messages"]
 
     @property
     def tools(self) -> list[dict[str, Any]]:
         """The request's tools in the `{"type": "function", "function": …}` form; empty where it has none."""
-        return self.request.get("tools") or []
+        tools = self.request.get("tools")
+        if not tools and (functions := self.request.get("functions")):
+            return [{"type": "function", "function": function} for function in functions]
+        return tools or []
+
+    @property
+    def tool_choice(self) -> Any:
+        """The request's `tool_choice`, or its `function_call` in today's form; None where neither is given."""
+        choice = self.request.get("tool_choice")
+        if choice is None and (older := self.request.get("function_call")) is not None:
+            return {"type": "function", "function": older} if isinstance(older, dict) else older
+        return choice
+
+    @property
+    def choices(self) -> int:
+        """How many choices the response has; the first is the answer."""
+        choices = self.response.get("choices")
+        return len(choices) if isinstance(choices, list) else 0
 
 
 class Rejected(Value):
@@ -120,6 +156,14 @@ class Rejected(Value):
 def parse_line(line: str | bytes) -> Record | Rejected:
     """Read one JSON line of a log file. Never raises: anything unreadable is `Rejected` with its reason."""
     try:
+        return _read(_hit_of(line), clean=True)
+    except (*_FAULTS, KeyError):
+        # What msgspec refuses may still be JSON (half an emoji), and whoever is at fault gets the better message.
+        return _parse_slow(line)
+
+
+def _parse_slow(line: str | bytes) -> Record | Rejected:
+    try:
         data = _loads(line)
     except (ValueError, RecursionError) as error:
         return Rejected(reason=f"not JSON: {error}")
@@ -129,12 +173,19 @@ def parse_line(line: str | bytes) -> Record | Rejected:
 def from_hit(data: Any) -> Record | Rejected:
     """Read one logged object (a JSONL line or an Elasticsearch `_source`). Never raises.
 
-    Fields: client_id, workload_id, timestamp (epoch seconds or ISO 8601), request, response as required;
-    served_by, exchange_id, rollout, arm, shadow, error, latency_s as optional; others are ignored. Tool arguments that
-    are no JSON object reject a line of the teacher's (no `arm`, `served_by` teacher); any other keeps them as text.
+    Fields: client_id, workload_id, timestamp (epoch seconds or ISO 8601), request, response (a ChatCompletion, or the
+    list of chunks of a stream) as required; served_by, exchange_id, rollout, arm, shadow, error, latency_s as optional;
+    others are ignored. Tool arguments that are no JSON object reject a line of the teacher's (no `arm`, `served_by`
+    teacher); any other keeps them as text.
     """
     try:
-        return _read(data)
+        if not isinstance(data, dict):
+            raise _Bad(f"the line is {_kind(data)}, not an object")
+        if _deep(data):
+            raise _Bad(_TOO_DEEP)
+        record = _read(data, clean=False)
+        _ = record.id  # raises for what only Python takes for JSON
+        return record
     except _FAULTS as fault:
         return _rejected(fault)
 
@@ -167,9 +218,135 @@ def read_completion(response: Mapping[str, Any], latency_s: float | None = None)
     try:
         if not isinstance(response, Mapping):
             raise _Bad(f"response is {_kind(response)}, not an object")
-        return _completion(response, latency_s, strict=False)
+        return _completion(response, latency_s, strict=False, clean=False)
     except _FAULTS as fault:
         return _rejected(fault)
+
+
+def assemble_stream(chunks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The ChatCompletion object that a stream of chunks amounts to.
+
+    Texts and tool-call arguments are joined; usage comes from the chunk that has it, so it may be missing. A stream
+    that broke off has `finish_reason` None; one without choices gives `"choices": []`, which is no completion. What is
+    not of a chunk's form is passed over.
+    """
+    whole: dict[str, Any] = {"object": "chat.completion", "choices": []}
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for field in ("id", "created", "model", "system_fingerprint", "service_tier", "usage"):
+            if chunk.get(field) is not None:
+                whole[field] = chunk[field]
+        parts = chunk.get("choices")
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
+                _add(choices, part)
+    for choice in choices.values():
+        if "tool_calls" in choice["message"]:
+            choice["message"]["tool_calls"] = [call for _, call in sorted(choice["message"]["tool_calls"].items())]
+    whole["choices"] = [choices[index] for index in sorted(choices)]
+    return whole
+
+
+def _add(choices: dict[int, dict[str, Any]], part: Mapping[str, Any]) -> None:
+    index = _index(part, 0)
+    empty = {"index": index, "message": {"role": "assistant", "content": None}, "finish_reason": None}
+    choice = choices.setdefault(index, empty)
+    if part.get("finish_reason") is not None:
+        choice["finish_reason"] = part["finish_reason"]
+    delta = part.get("delta")
+    message = choice["message"]
+    for field, value in (delta if isinstance(delta, dict) else {}).items():
+        if field == "tool_calls":
+            for i, call in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(call, dict):
+                    _add_call(message.setdefault("tool_calls", {}), i, call)
+        elif field == "function_call":
+            _add_texts(message.setdefault("function_call", {"name": "", "arguments": ""}), value)
+        elif field == "role":
+            message["role"] = value or message["role"]
+        elif isinstance(value, str):
+            known = message.get(field)
+            message[field] = known + value if isinstance(known, str) else value
+        elif value is not None:
+            message[field] = value
+
+
+def _add_call(calls: dict[int, dict[str, Any]], position: int, part: Mapping[str, Any]) -> None:
+    empty = {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+    call = calls.setdefault(_index(part, position), empty)
+    call["id"] = part.get("id") or call["id"]
+    _add_texts(call["function"], part.get("function"))
+
+
+def _add_texts(whole: dict[str, Any], part: Any) -> None:
+    for field, value in (part if isinstance(part, dict) else {}).items():
+        if isinstance(value, str):
+            whole[field] = whole.get(field, "") + value
+
+
+def _index(part: Mapping[str, Any], position: int) -> int:
+    index = part.get("index")
+    return index if isinstance(index, int) else position
+
+
+def normal_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Chat messages in one form, whatever a logger or an older API made of them, and how many media parts they had.
+
+    Content becomes text: parts are joined, and an image, sound or file stands in it as `[image_url sha256:…]`, its
+    content's hash. `function_call` and the role `function` become tool calls and `tool`. Ids of tool calls, which
+    servers draw at random, become `call_<message>_<call>`, so that they neither tell equal requests apart nor fill a
+    prompt with noise. Absent and null fields are the same. Messages of the usual form are returned as they are.
+    """
+    normal: list[dict[str, Any]] = []
+    media = 0
+    ids: dict[str, str] = {}
+    for i, message in enumerate(messages):
+        if len(message) == 2 and type(message.get("content")) is str:
+            normal.append(message)  # type: ignore[arg-type]
+            continue
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [_part_text(part) for part in content]
+            media += sum(is_media for _, is_media in texts)
+            content = "".join(text for text, _ in texts)
+        fields = {k: v for k, v in message.items() if v is not None and k not in ("function_call", "tool_calls")}
+        calls = message.get("tool_calls") or []
+        if not calls and isinstance(older := message.get("function_call"), dict):
+            calls = [{"id": older.get("name"), "type": "function", "function": older}]
+        fields["content"] = content or (None if calls else "")
+        if calls:
+            fields["tool_calls"] = [_normal_call(call, f"call_{i}_{n}", ids) for n, call in enumerate(calls)]
+        if message["role"] == "function":
+            fields["role"] = "tool"
+            fields["tool_call_id"] = ids.get(str(message.get("name")), "")
+        elif "tool_call_id" in fields:
+            fields["tool_call_id"] = ids.get(str(fields["tool_call_id"]), fields["tool_call_id"])
+        normal.append(fields)
+    return normal, media
+
+
+def _normal_call(call: Mapping[str, Any], id: str, ids: dict[str, str]) -> dict[str, Any]:
+    ids[str(call.get("id"))] = id
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return {**call, "id": id}
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+    return {"id": id, "type": "function", "function": {"name": function.get("name"), "arguments": text}}
+
+
+def _part_text(part: Any) -> tuple[str, bool]:
+    """A content part's text, and whether it is media: then the text holds its hash."""
+    if isinstance(part, str):
+        return part, False
+    kind = part.get("type")
+    if isinstance(text := part.get("refusal" if kind == "refusal" else "text"), str):
+        return text, False
+    content = part.get(kind) if isinstance(kind, str) else None
+    url = content.get("url") if isinstance(content, dict) else content
+    data = url.rpartition(",")[2] if isinstance(url, str) and url.startswith("data:") else url
+    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else canonical_bytes(part)
+    return f"[{kind if isinstance(kind, str) else 'part'} sha256:{hashlib.sha256(raw).hexdigest()[:32]}]", True
 
 
 def content_text(content: Any) -> str:
@@ -213,10 +390,16 @@ def conversation_of(client_id: str, workload_id: str, messages: Sequence[Mapping
     Later turns and the later steps of an agent loop repeat that message, and so do duplicates, so all of them get one
     name; the system prompt is left out because some applications put a clock in it. Case and white space do not count.
     """
-    first = next((content_text(m.get("content")) for m in messages if m.get("role") == "user"), "")
-    if not first.strip():
-        first = content_text(messages[0].get("content")) if messages else ""
-    return content_hash([client_id, workload_id, " ".join(first.split()).casefold()])
+    words: list[str] = []
+    for message in messages:
+        if message.get("role") == "user":
+            content = message.get("content")
+            words = (content if type(content) is str else content_text(content)).split()
+            break
+    if not words and messages:
+        words = content_text(messages[0].get("content")).split()
+    name = [client_id, workload_id, " ".join(words).casefold()]
+    return hashlib.sha256(canonical_bytes(name)).hexdigest()[:16]
 
 
 class _Bad(Exception):
@@ -225,6 +408,69 @@ class _Bad(Exception):
 
 _FAULTS = (_Bad, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
 _LONE = re.compile("[\ud800-\udfff]")
+_YEAR_1, _YEAR_9999 = -62135596800, 253402300799
+_TOO_DEEP = f"the line nests deeper than {MAX_DEPTH} levels"
+
+
+class _Hit(msgspec.Struct):
+    """A line taken apart as far as is cheap: what is not looked into stays text."""
+
+    request: dict[str, msgspec.Raw]
+
+
+class _KnownTools(NamedTuple):
+    text: bytes
+    """The key and its value as a line has them: `"tools": […]`."""
+    tools: list[Any]
+
+
+_take_apart = msgspec.json.Decoder(_Hit).decode
+_decode = msgspec.json.Decoder().decode
+_KNOWN_TOOLS = 16
+_PLACEHOLDER = "flywheel-ray: tools as in an earlier line"
+_PLACEHOLDER_JSON = f'"{_PLACEHOLDER}"'.encode()
+_known_tools: list[_KnownTools] = []
+
+
+def _hit_of(line: str | bytes) -> dict[str, Any]:
+    """A parsed line, its tools taken from an earlier line where they are the same text."""
+    text = line if isinstance(line, bytes) else line.encode()
+    at = text.find(b'"tools"')
+    for known in _known_tools if at >= 0 else ():
+        if not text.startswith(known.text, at):
+            continue
+        rest = b'%b"tools":%b%b' % (text[:at], _PLACEHOLDER_JSON, text[at + len(known.text) :])
+        # With no other key or text "tools" left, a placeholder there stands exactly where the known text stood.
+        if rest.find(b'"tools"', at + 7) < 0:
+            hit = _checked(rest)
+            request = hit.get("request")
+            if type(request) is dict and request.get("tools") == _PLACEHOLDER:
+                request["tools"] = known.tools
+                return hit
+    hit = _checked(text)
+    if isinstance(tools := hit["request"].get("tools"), list):
+        _check_tools(tools)
+        _remember(text, tools)
+    return hit
+
+
+def _checked(text: bytes) -> dict[str, Any]:
+    data = _decode(text)
+    if type(data) is not dict:
+        raise _Bad("not an object")
+    # Each level has an opening bracket, and counting them is cheaper than going down.
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _deep(data):
+        raise _Bad(_TOO_DEEP)
+    return data
+
+
+def _remember(text: bytes, tools: list[Any]) -> None:
+    raw = bytes(_take_apart(text).request["tools"])
+    end = text.find(raw) + len(raw)
+    begin = text.rfind(b'"tools"', 0, end - len(raw))
+    if begin >= 0 and text[begin + 7 : end - len(raw)].strip() == b":":
+        _known_tools.insert(0, _KnownTools(text[begin:end], tools))
+        del _known_tools[_KNOWN_TOOLS:]
 
 
 def _rejected(fault: Exception) -> Rejected:
@@ -286,42 +532,43 @@ def _timestamp(value: Any) -> float:
             moment = datetime.fromisoformat(value)
         except ValueError:
             raise _Bad(f"timestamp is neither epoch seconds nor ISO 8601: {value[:40]!r}") from None
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    # Years 1 … 9999; false for NaN, and for whole numbers too large for a float.
-    if not -62135596800 <= value <= 253402300799:
+        value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    # False for NaN, and for whole numbers too large for a float.
+    if not _YEAR_1 <= value <= _YEAR_9999:
         raise _Bad(f"timestamp is not a time in epoch seconds (milliseconds?): {str(value)[:40]}")
     return float(value)
 
 
-def _read(data: Any) -> Record:
-    if not isinstance(data, dict):
-        raise _Bad(f"the line is {_kind(data)}, not an object")
-    if _deep(data):
-        raise _Bad(f"the line nests deeper than {MAX_DEPTH} levels")
-    client_id = _field(data, "client_id", str)
-    workload_id = _field(data, "workload_id", str)
+def _read(data: Mapping[str, Any], clean: bool) -> Record:
+    """The record of a logged object. `clean` means from `_hit_of`: no lone surrogates, depth and tools are checked."""
+    client_id, workload_id, timestamp = data.get("client_id"), data.get("workload_id"), data.get("timestamp")
+    if type(client_id) is not str or type(workload_id) is not str:
+        client_id, workload_id = _field(data, "client_id", str), _field(data, "workload_id", str)
     if not client_id or not workload_id:
         raise _Bad("client_id or workload_id is empty")
-    timestamp = _timestamp(_field(data, "timestamp", (int, float, str)))
-    request = _field(data, "request", dict)
-    messages = _field(request, "messages", list, "request.")
+    if type(timestamp) is not float or not _YEAR_1 <= timestamp <= _YEAR_9999:
+        timestamp = _timestamp(_field(data, "timestamp", (int, float, str)))
+    request = data.get("request")
+    if type(request) is not dict:
+        request = _field(data, "request", dict)
+    messages = request.get("messages")
+    if type(messages) is not list:
+        _field(request, "messages", list, "request.")
     if not messages:
         raise _Bad("request.messages is empty")
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if type(message) is not dict or type(message.get("role")) is not str:
             raise _Bad(f"request.messages[{i}] is not an object with a role")
-        content = message.get("content")
-        if content is not None and not isinstance(content, str | list):
-            raise _Bad(f"request.messages[{i}].content is {_kind(content)}, not a string or a list")
+        if type(message.get("content")) is not str or len(message) > 2:
+            _check_message(message, f"request.messages[{i}]")
     tools = request.get("tools")
-    if tools is not None:
-        if not isinstance(tools, list):
-            raise _Bad(f"request.tools is {_kind(tools)}, not a list")
-        for i, tool in enumerate(tools):
-            function = tool.get("function") if isinstance(tool, dict) else None
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise _Bad(f"request.tools[{i}] is not a function with a name")
-    response = _field(data, "response", dict)
+    if tools is not None and not isinstance(tools, list):
+        raise _Bad(f"request.tools is {_kind(tools)}, not a list")
+    if tools and not clean:
+        _check_tools(tools)
+    if not tools and request.get("functions") is not None:
+        _check_functions(_field(request, "functions", list, "request."))
+    response = _response(data)
     latency_s = data.get("latency_s")
     if latency_s is not None:
         latency_s = float(_field(data, "latency_s", (int, float)))
@@ -330,38 +577,93 @@ def _read(data: Any) -> Record:
     shadow = data.get("shadow")
     if shadow is not None and not isinstance(shadow, bool):
         raise _Bad(f"shadow is {_kind(shadow)}, not a boolean")
-    names: dict[str, str | None] = {}
-    for field in ("served_by", "exchange_id", "rollout", "arm", "error"):
-        value = data.get(field)
-        if value is not None and not isinstance(value, str):
-            raise _Bad(f"{field} is {_kind(value)}, not a string")
-        names[field] = value or None
-    served_by = names.pop("served_by") or TEACHER
-    error = readable(names.pop("error"))
-    for field, value in {"client_id": client_id, "workload_id": workload_id, "served_by": served_by, **names}.items():
-        if value and _LONE.search(value):
-            raise _Bad(f"{field} is not Unicode text: {value[:40]!r}")
+    served_by, arm, error = _text(data, "served_by"), _text(data, "arm"), _text(data, "error")
+    served_by = served_by or TEACHER
+    exchange_id, rollout = _text(data, "exchange_id"), _text(data, "rollout")
+    if not clean:
+        error = error and readable(error)
+        tags = {"client_id": client_id, "workload_id": workload_id, "served_by": served_by, "exchange_id": exchange_id}
+        for field, value in {**tags, "rollout": rollout, "arm": arm}.items():
+            if value and _LONE.search(value):
+                raise _Bad(f"{field} is not Unicode text: {value[:40]!r}")
     if error:
         completion = Completion(latency_s=latency_s)
     else:
-        strict = served_by == TEACHER and names["arm"] is None
-        completion = _completion(response, latency_s, strict)
-    return Record(
-        id=content_hash([client_id, workload_id, timestamp, served_by, request, response, names, error], 32),
-        client_id=client_id,
-        workload_id=workload_id,
-        timestamp=timestamp,
-        served_by=served_by,
-        request=request,
-        response=response,
-        completion=completion,
-        shadow=bool(shadow),
-        error=error,
-        **names,
+        strict = served_by == TEACHER and arm is None
+        completion = _completion(response, latency_s, strict, clean)
+    return Record.trusted(
+        {
+            "client_id": client_id,
+            "workload_id": workload_id,
+            "timestamp": timestamp,
+            "served_by": served_by,
+            "request": request,
+            "response": response,
+            "completion": completion,
+            "exchange_id": exchange_id,
+            "rollout": rollout,
+            "arm": arm,
+            "shadow": bool(shadow),
+            "error": error,
+        }
     )
 
 
-def _completion(response: Mapping[str, Any], latency_s: float | None, strict: bool) -> Completion:
+def _text(data: Mapping[str, Any], field: str) -> str | None:
+    value = data.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _Bad(f"{field} is {_kind(value)}, not a string")
+    return value or None
+
+
+def _check_message(message: Mapping[str, Any], where: str) -> None:
+    content = message.get("content")
+    if isinstance(content, list):
+        for i, part in enumerate(content):
+            if not isinstance(part, str | dict):
+                raise _Bad(f"{where}.content[{i}] is {_kind(part)}, not a string or an object")
+    elif content is not None and not isinstance(content, str):
+        raise _Bad(f"{where}.content is {_kind(content)}, not a string or a list")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        if not isinstance(calls, list):
+            raise _Bad(f"{where}.tool_calls is {_kind(calls)}, not a list")
+        for i, call in enumerate(calls):
+            if not isinstance(call, dict):
+                raise _Bad(f"{where}.tool_calls[{i}] is {_kind(call)}, not an object")
+
+
+def _check_tools(tools: Sequence[Any]) -> None:
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _Bad(f"request.tools[{i}] is not a function with a name")
+
+
+def _check_functions(functions: Sequence[Any]) -> None:
+    for i, function in enumerate(functions):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _Bad(f"request.functions[{i}] is not a function with a name")
+
+
+def _response(data: Mapping[str, Any]) -> dict[str, Any]:
+    response = data.get("response")
+    if type(response) is dict:
+        return response
+    _field(data, "response", (dict, list))
+    assert isinstance(response, list)
+    for i, chunk in enumerate(response):
+        if not isinstance(chunk, dict):
+            raise _Bad(f"response[{i}] is {_kind(chunk)}, not a chunk of a stream")
+    whole = assemble_stream(response)
+    for choice in whole["choices"]:
+        choice["finish_reason"] = choice["finish_reason"] or INTERRUPTED
+    return whole
+
+
+def _completion(response: Mapping[str, Any], latency_s: float | None, strict: bool, clean: bool) -> Completion:
     choices = response.get("choices")
     if not isinstance(choices, list) or not choices:
         raise _Bad("response.choices is missing or empty")
@@ -369,23 +671,39 @@ def _completion(response: Mapping[str, Any], latency_s: float | None, strict: bo
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         raise _Bad("response.choices[0].message is missing")
-    if message.get("function_call"):
-        raise _Bad("response.choices[0].message.function_call is the API before tools; log tool_calls instead")
     content = message.get("content")
     if content is not None and not isinstance(content, str | list):
         raise _Bad(f"response.choices[0].message.content is {_kind(content)}, not a string or a list")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise _Bad(f"response.choices[0].message.tool_calls is {_kind(calls)}, not a list")
+    if calls:
+        tool_calls = tuple([_call(call, f"tool_calls[{i}]", strict, clean) for i, call in enumerate(calls)])
+    elif older := message.get("function_call"):
+        tool_calls = (_call({"function": older}, "function_call", strict, clean),)
+    else:
+        tool_calls = ()
+    text = content if isinstance(content, str) else content_text(content)
+    refusal = message.get("refusal")
+    refused = isinstance(refusal, str) and bool(refusal) and not text and not tool_calls
+    if refused:
+        text = str(refusal)
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    reasoning = reasoning if isinstance(reasoning, str) else None
     usage = response.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    return Completion(
-        text=readable(content_text(content)),
-        tool_calls=tuple(_call(call, i, strict) for i, call in enumerate(calls)),
-        finish_reason=choice.get("finish_reason") if isinstance(choice.get("finish_reason"), str) else None,
-        latency_s=latency_s,
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        completion_tokens=_count(usage.get("completion_tokens")),
+    finish = choice.get("finish_reason")
+    return Completion.trusted(
+        {
+            "text": text if clean else readable(text),
+            "tool_calls": tool_calls,
+            "reasoning": reasoning if clean or reasoning is None else readable(reasoning),
+            "refused": refused,
+            "finish_reason": finish if isinstance(finish, str) else None,
+            "latency_s": latency_s,
+            "prompt_tokens": _count(usage.get("prompt_tokens")),
+            "completion_tokens": _count(usage.get("completion_tokens")),
+        }
     )
 
 
@@ -393,15 +711,16 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _call(call: Any, index: int, strict: bool) -> ToolCall:
-    where = f"response.choices[0].message.tool_calls[{index}]"
+def _call(call: Any, name: str, strict: bool, clean: bool) -> ToolCall:
+    where = f"response.choices[0].message.{name}"
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise _Bad(f"{where} has no function name")
     arguments = read_arguments(function.get("arguments"))
     if strict and isinstance(arguments, str):
-        raise _Bad(f"{where}.function.arguments is not a JSON object: {arguments[:80]!r}")
-    return ToolCall(name=readable(function["name"]), arguments=arguments)
+        within = where if name == "function_call" else f"{where}.function"
+        raise _Bad(f"{within}.arguments is not a JSON object: {arguments[:80]!r}")
+    return ToolCall.trusted({"name": function["name"] if clean else readable(function["name"]), "arguments": arguments})
 
 
 def read_arguments(arguments: Any) -> dict[str, Any] | str:
@@ -411,6 +730,13 @@ def read_arguments(arguments: Any) -> dict[str, Any] | str:
     """
     if arguments is None or arguments == "":
         return {}
+    if isinstance(arguments, str):
+        try:
+            value = _decode(arguments)
+            if type(value) is dict and arguments.count("{") + arguments.count("[") <= MAX_DEPTH:
+                return value
+        except (ValueError, RecursionError):
+            pass
     try:
         value = _loads(arguments) if isinstance(arguments, str) else arguments
         if isinstance(value, dict) and not _deep(value):

@@ -35,22 +35,69 @@ class LogQuery(Value):
     until: float | None = None
 
 
+class Refused(Value):
+    """A record that a store will not take, ever, and why: its index has another type for a field, say."""
+
+    id: str
+    reason: str
+
+
 class Appended(Value):
-    """What an append did: records that are new, and records that the store already had."""
+    """What an append did: records that are new, records that the store already had, and records it refused."""
 
     added: int
     duplicates: int
+    refused: tuple[Refused, ...] = ()
+
+
+class LogPart(Value):
+    """A share of a query's records, for another thread, process or machine that opens the same store URL to read.
+
+    Small and JSON-serialisable; only a store of the kind that made it reads `state`.
+    """
+
+    state: dict[str, Any]
 
 
 class LogStore(Protocol):
-    """Where records are kept. Appending is idempotent by `Record.id`; scanning streams and never loads everything."""
+    """Where records are kept. Appending is idempotent by `Record.id`; reading streams and never loads everything.
+
+    Every method may raise StoreUnavailable, after trying for a while: the same call may succeed later.
+    """
 
     def append(self, records: Iterable[Record]) -> Appended:
-        """Store records that are not there yet; all of them or, where it raises StoreError, none of this call's."""
+        """Store records that are not there yet; those the store refuses are returned, and the others stored.
+
+        Where it raises, a store with transactions has stored none of this call's records, any other perhaps some:
+        append them again.
+        """
         ...
 
     def scan(self, query: LogQuery) -> Iterator[Record]:
-        """Records matching the query, ordered by (timestamp, id), as they were when the scan began."""
+        """Records matching the query, ordered by (timestamp, id), as they were when the scan began.
+
+        What is appended meanwhile is not seen; what is purged meanwhile may be missing, and nothing else is. A scan
+        that raises is not resumed but begun again.
+        """
+        ...
+
+    def parts(self, query: LogQuery, count: int) -> list[LogPart]:
+        """Share a scan: together the parts are what `scan` would yield now, each record in exactly one of them.
+
+        At most `count` (≥ 1) parts, fewer where there is little to share; a part may be empty. Ends with `release`.
+        """
+        ...
+
+    def read(self, part: LogPart) -> Iterator[Record]:
+        """The records of a part, ordered by (timestamp, id), with the guarantees of `scan`; may be read repeatedly."""
+        ...
+
+    def release(self, parts: Iterable[LogPart]) -> None:
+        """Let go of what the parts of one `parts` call hold in the store; they cannot be read afterwards."""
+        ...
+
+    def purge(self, query: LogQuery) -> int:
+        """Delete every record that matches, and say how many were deleted. A purged record may be appended anew."""
         ...
 
     def count(self, query: LogQuery) -> int:

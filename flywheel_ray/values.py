@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Self
 
+import msgspec
 from pydantic import BaseModel, ConfigDict
 
 
@@ -19,6 +20,19 @@ class Value(BaseModel):
     """A frozen value that refuses unknown fields. Subclasses are compared by content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def trusted(cls, fields: dict[str, Any]) -> Self:
+        """Make one of every field, checked by the caller already: pydantic's `model_construct`, several times faster.
+
+        For the few types of which a dataset build makes millions. `fields` becomes the value's own.
+        """
+        value = cls.__new__(cls)
+        _set(value, "__dict__", fields)
+        _set(value, "__pydantic_fields_set__", _names.get(cls) or _names.setdefault(cls, set(cls.model_fields)))
+        _set(value, "__pydantic_extra__", None)
+        _set(value, "__pydantic_private__", None)
+        return value
 
 
 def canonical_json(data: Any) -> str:
@@ -29,7 +43,23 @@ def canonical_json(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def canonical_bytes(data: Any) -> bytes:
+    """As `canonical_json`, in UTF-8 and ten times faster; floats may be written otherwise, so the two never mix.
+
+    For JSON values as parsers make them: a NaN would become null. Whole numbers of any size are exact.
+    """
+    try:
+        return _encode(data)
+    except (TypeError, ValueError, OverflowError):  # a lone surrogate, which has no UTF-8, or a very large integer
+        return canonical_json(data).encode("utf-8", "surrogatepass")
+
+
 def content_hash(data: Any, length: int = 16) -> str:
     """First `length` hexadecimal digits of SHA-256 over `canonical_json(data)`."""
     # Lone surrogates are legal in JSON escapes and illegal in UTF-8; they still need a hash.
     return hashlib.sha256(canonical_json(data).encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+_set = object.__setattr__
+_names: dict[type, set[str]] = {}
+_encode = msgspec.json.Encoder(order="deterministic").encode

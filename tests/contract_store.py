@@ -1,17 +1,30 @@
-"""What every LogStore must do. `test_stores.py` runs this suite on each implementation, with a fixture `store`."""
+"""What every LogStore must do: `test_stores*.py` run this suite on each implementation."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, ClassVar
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from flywheel_ray.errors import StoreError
 from flywheel_ray.records import Record, Rejected, from_hit
-from flywheel_ray.services import Appended, LogQuery, LogStore
+from flywheel_ray.services import Appended, LogPart, LogQuery, LogStore
+from flywheel_ray.stores import open_store
 
 EVERYTHING = LogQuery()
+
+# A history: append records by number, or purge those of a range of times.
+APPEND = st.tuples(st.just("append"), st.lists(st.integers(0, 20), max_size=8))
+PURGE = st.tuples(st.just("purge"), st.tuples(st.integers(0, 10), st.integers(0, 10)))
+# Examples share a store, which each empties first, and implementations share the test.
+SHARED = (HealthCheck.function_scoped_fixture, HealthCheck.differing_executors)
 
 
 def record(number: int, text: str = "Where is my card?", **fields: Any) -> Record:
@@ -34,8 +47,20 @@ def scanned(store: LogStore, **query: Any) -> list[Record]:
     return list(store.scan(LogQuery(**query)))
 
 
+def keys(records: list[Record]) -> list[tuple[float, str]]:
+    """What records are ordered by."""
+    return [(r.timestamp, r.id) for r in records]
+
+
+def read_elsewhere(url: str, part: LogPart) -> list[Record]:
+    """A part, sent as JSON and read by whoever opens the same store."""
+    sent = LogPart.model_validate(json.loads(json.dumps(part.model_dump())))
+    with closing(open_store(url, create=False)) as store:
+        return list(store.read(sent))
+
+
 class LogStoreContract:
-    """Subclass it and give it a fixture `store`, empty and open."""
+    """Subclass it and give it fixtures: `store`, empty and open, and `url`, which opens the same store."""
 
     def test_an_empty_store_has_nothing(self, store: LogStore) -> None:
         assert scanned(store) == []
@@ -68,6 +93,19 @@ class LogStoreContract:
         ]
         assert store.append(iter(records)) == Appended(added=4, duplicates=0)
         assert scanned(store) == records
+        assert keys(scanned(store)) == keys(records)
+
+    numbers: ClassVar[list[int | float]] = [0, -1, 2**53 + 1, 2**63 - 1, 0.1, 1.0, -0.0, 1e-7, 1.5e300]
+    """What must not change its digits. noida-db, unlike Elasticsearch, rounds 17 digits and integers beyond 64 bits."""
+
+    def test_numbers_keep_their_digits(self, store: LogStore) -> None:
+        numbers = self.numbers
+        one = record(1, request={"messages": [{"role": "user"}], "numbers": numbers})
+        store.append([one])
+        (found,) = scanned(store)
+        assert found.request["numbers"] == numbers
+        assert list(map(type, found.request["numbers"])) == list(map(type, numbers))
+        assert found.id == one.id
 
     def test_appending_again_adds_nothing(self, store: LogStore) -> None:
         store.append([record(1), record(2)])
@@ -159,6 +197,98 @@ class LogStoreContract:
         next(scan)
         scan.close()  # type: ignore[attr-defined]
         assert store.count(EVERYTHING) == 3
+
+    @pytest.mark.parametrize("count", [1, 3, 40])
+    def test_parts_are_the_scan(self, store: LogStore, url: str, count: int) -> None:
+        records = [record(n % 97, f"text {n}", rollout=f"r{n % 2}") for n in range(1300)]
+        store.append(records)
+        query = LogQuery(rollout="r1", since=3)
+        parts = store.parts(query, count)
+        assert 1 <= len(parts) <= count
+        store.append([record(n % 97, f"later {n}", rollout="r1") for n in range(300)])
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda part: read_elsewhere(url, part), parts))
+        for part in found:
+            assert keys(part) == sorted(keys(part))
+        expected = [r for r in records if r.rollout == "r1" and r.timestamp >= 3]
+        assert sorted(keys([r for part in found for r in part])) == sorted(keys(expected))
+        assert len(max(found, key=len)) < 3 * len(expected) / len(parts)
+        assert list(store.read(parts[0])) == found[0]
+        store.release(parts)
+
+    def test_parts_of_little(self, store: LogStore) -> None:
+        assert [r for part in store.parts(EVERYTHING, 5) for r in store.read(part)] == []
+        store.append([record(1), record(2)])
+        parts = store.parts(EVERYTHING, 5)
+        found = [r for part in parts for r in store.read(part)]
+        assert sorted(keys(found)) == keys([record(1), record(2)])
+        assert all(len(json.dumps(part.state)) < 10_000 for part in parts)
+        store.release(parts)
+        with pytest.raises(ValueError, match="at least one part"):
+            store.parts(EVERYTHING, 0)
+
+    def test_a_part_of_another_kind_of_store_is_refused(self, store: LogStore) -> None:
+        with pytest.raises(StoreError, match="another kind of store"):
+            next(store.read(LogPart(state={"bucket": "b"})))
+
+    def test_purging_deletes_what_matches(self, store: LogStore) -> None:
+        store.append([record(n, client_id=f"c{n % 2}") for n in range(10)])
+        assert store.purge(LogQuery(client_id="c1", until=6)) == 3
+        assert [int(r.timestamp) for r in scanned(store)] == [0, 2, 4, 6, 7, 8, 9]
+        assert store.purge(LogQuery(client_id="c1", until=6)) == 0
+        assert store.workloads() == [("c0", "support", 5), ("c1", "support", 2)]
+        assert store.append([record(n, client_id=f"c{n % 2}") for n in range(3)]) == Appended(added=1, duplicates=2)
+        assert store.purge(EVERYTHING) == 8
+        assert store.count(EVERYTHING) == 0
+
+    def test_a_scan_misses_at_most_what_was_purged_meanwhile(self, store: LogStore) -> None:
+        store.append([record(n) for n in range(2000)])
+        scan = store.scan(EVERYTHING)
+        first = next(scan)
+        parts = store.parts(EVERYTHING, 2)
+        # The newest go, and others come in their place: a store that counts them by number must not mix them up.
+        assert store.purge(LogQuery(since=1500)) == 500
+        assert store.purge(LogQuery(since=600, until=700)) == 100
+        store.append([record(n, "later") for n in range(800, 2300)])
+        scanned_meanwhile = [first, *scan]
+        assert keys(scanned_meanwhile) == sorted(keys(scanned_meanwhile))
+        read_meanwhile = [r for part in parts for r in store.read(part)]
+        store.release(parts)
+        kept = [*range(600), *range(700, 1500)]
+        for found in (scanned_meanwhile, read_meanwhile):
+            times = sorted(int(r.timestamp) for r in found)
+            assert [n for n in times if n < 600 or 700 <= n < 1500] == kept
+            assert len(set(times)) == len(times)
+            assert all(r.messages[0]["content"] != "later" for r in found)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=SHARED)
+    @given(history=st.lists(APPEND | PURGE, max_size=8), span=st.tuples(st.integers(0, 10), st.integers(0, 10)))
+    def test_after_any_history_it_holds_what_a_dict_would(self, store: LogStore, history: Any, span: Any) -> None:
+        def at(number: int) -> Record:
+            return record(number // 2, f"text {number}")  # two at a time
+
+        store.purge(EVERYTHING)
+        held: dict[str, Record] = {}
+        for what, values in history:
+            if what == "append":
+                records = [at(n) for n in values]
+                new = {r.id: r for r in records if r.id not in held}
+                assert store.append(records) == Appended(added=len(new), duplicates=len(records) - len(new))
+                held |= new
+            else:
+                since, until = values
+                gone = [id for id, r in held.items() if since <= r.timestamp < until]
+                assert store.purge(LogQuery(since=since, until=until)) == len(gone)
+                for id in gone:
+                    del held[id]
+        since, until = span
+        expected = sorted(keys([r for r in held.values() if since <= r.timestamp < until]))
+        query = LogQuery(since=since, until=until)
+        assert keys(list(store.scan(query))) == expected
+        assert store.count(query) == len(expected)
+        parts = store.parts(query, 3)
+        assert sorted(keys([r for part in parts for r in store.read(part)])) == expected
+        store.release(parts)
 
     def test_writers_in_threads_lose_nothing(self, store: LogStore) -> None:
         totals: list[Appended] = []

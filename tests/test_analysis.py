@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from flywheel_ray.analysis import losses_frame, outcomes_frame, shadow_frame, trials_frame, write_report
+from flywheel_ray.builds import build
 from flywheel_ray.candidates import Candidate, InContext, Lora, ZeroShot
-from flywheel_ray.datasets import Dataset, SplitPolicy, build
+from flywheel_ray.datasets import Dataset, DatasetPolicy
 from flywheel_ray.errors import LedgerError
 from flywheel_ray.leaderboard import leaderboard
 from flywheel_ray.ledger import Ledger
@@ -33,6 +34,7 @@ from flywheel_ray.scoring import (
     TOOL_CALLING_CORRECTNESS,
 )
 from flywheel_ray.scoring import score_tool_calls as score
+from flywheel_ray.splits import SplitPolicy
 from flywheel_ray.stores import open_store
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +168,8 @@ def world_in(runs: Path) -> World:
     """A dataset of 200 evaluation rows, eight trials (one failed), and 130 shadow copies in the log store."""
     logged = [record(i) for i in range(600)]
     logged += [record(i, timestamp=1_791_000_000 + i) for i in range(9)]
-    policy = SplitPolicy(eval_fraction=0.33, validation_fraction=0.1)
+    split = SplitPolicy(eval_fraction=0.33, validation_fraction=0.1, class_aware=False)
+    policy = DatasetPolicy(split=split, near_duplicates=None)
     dataset = build(logged, policy, client_id="acme", workload_id="support", source="logs.sqlite")
     dataset.save(runs / "datasets")
     model = "smollm2-135m"

@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flywheel_ray"
 
-PURE = ["errors", "values", "records", "datasets", "shots", "candidates", "scoring", "judge", "stats", "results",
-        "leaderboard", "rollout"]  # fmt: skip
+PURE = ["errors", "values", "records", "toolbox", "redaction", "near_duplicates", "splits", "datasets", "formats",
+        "intake", "builds", "shots", "candidates", "scoring", "judge", "stats", "results", "leaderboard",
+        "rollout"]  # fmt: skip
 SEAMS = ["services", "config", "trial"]
-IO = ["stores", "chat", "platforms", "ledger"]
-RAY_AND_FACES = ["progress", "sweep", "plots", "report", "analysis", "cli"]
+IO = ["stores", "spill", "chat", "platforms", "ledger"]
+RAY_AND_FACES = ["progress", "preparation", "sweep", "plots", "report", "analysis", "console", "cli_data", "cli"]
 LAYERS = [PURE, SEAMS, IO, RAY_AND_FACES]
 FORBIDDEN_IN_PURE = {"ray", "httpx", "requests", "socket", "time", "random", "torch", "os", "sqlite3", "subprocess"}
 

@@ -52,7 +52,8 @@ def test_ingest_twice_and_build(tmp_path: Path) -> None:
     built = flywheel(tmp_path, "dataset", "build", "--client", "acme", "--workload", "router")
     assert built.returncode == 0, built.stderr
     folder = Path(built.stdout.strip())
-    assert {p.name for p in folder.iterdir()} == {"train.jsonl", "validation.jsonl", "eval.jsonl", "manifest.json"}
+    names = {"train.jsonl", "validation.jsonl", "eval.jsonl", "tools.jsonl", "manifest.json"}
+    assert {p.name for p in folder.iterdir()} == names
     shown = flywheel(tmp_path, "dataset", "show", str(folder), "--json")
     assert json.loads(shown.stdout)["fingerprint"] == folder.name
     listed = flywheel(tmp_path, "workloads", "--json")
@@ -71,6 +72,65 @@ def test_rejected_lines_are_kept_with_number_and_reason(tmp_path: Path) -> None:
     for reject, words in zip(rejects, ("not JSON", "choices", "arguments"), strict=True):
         assert words in reject["reason"]
     assert "1 new record" in done.stderr  # the good line is kept
+
+
+@pytest.mark.slow
+def test_a_dataset_is_built_looked_at_compared_and_exported(tmp_path: Path) -> None:
+    config = tmp_path / "dataset.yaml"
+    config.write_text(
+        "type: dataset\nworkload: {client_id: acme, workload_id: router}\n"
+        "dataset: {split: {eval_fraction: 0.3}, near_duplicates: null, redaction: {}}\n"
+    )
+    flywheel(tmp_path, "ingest", "-", stdin=lines(60))
+
+    def build(*options: str) -> Path:
+        done = flywheel(tmp_path, "dataset", "build", "--config", str(config), *options)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
+    old = build("--until", "2025-08-12T12:00:40")
+    new = build()
+    assert json.loads((new / "manifest.json").read_text())["previous"] == old.name
+    assert build() == new
+    shown = flywheel(tmp_path, "dataset", "show", str(new))
+    for words in ("route", "left out", "conversations none", f"continues dataset {old.name}"):
+        assert words in shown.stdout
+    compared = flywheel(tmp_path, "dataset", "diff", str(old), str(new), "--json")
+    assert compared.returncode == 0 and json.loads(compared.stdout)["moved_rows"] == 0
+    assert sum(json.loads(compared.stdout)["added"].values()) == 20
+    dealt_anew = build("--eval-fraction", "0.6", "--previous", "none")
+    refused(flywheel(tmp_path, "dataset", "diff", str(new), str(dealt_anew)), "changed sides", "--previous")
+    whole = flywheel(tmp_path, "dataset", "validate", str(new))
+    assert whole.returncode == 0 and "is whole: 60 rows; no leak" in whole.stdout
+    for name, path in (("openai", "train.jsonl"), ("nemo_customizer", "training/train_data.jsonl")):
+        exported = flywheel(tmp_path, "dataset", "export", str(new), "--format", name, "--out", str(tmp_path / name))
+        assert exported.returncode == 0, exported.stderr
+        rows = [json.loads(line) for line in (tmp_path / name / path).read_text().splitlines()]
+        assert rows[0]["messages"][-1]["tool_calls"][0]["function"]["name"] == "route"
+    refused(flywheel(tmp_path, "dataset", "export", str(new), "--format", "openai", "--out", str(tmp_path / "openai")),
+            "exists; name a new folder")  # fmt: skip
+    refused(flywheel(tmp_path, "dataset", "export", str(new), "--format", "csv", "--out", str(tmp_path / "x")), "csv")
+    policy = flywheel(tmp_path, "dataset", "build", "--config", str(config), "--near-threshold", "0.8", "--dry-run")
+    assert "threshold: 0.8" in policy.stdout and "kinds:" in policy.stdout
+    for option, value, words in [
+        ("--conflicts", "first", "--conflicts"),
+        ("--eval-fraction", "0.95", "more than 1"),
+        ("--since", "yesterday", "--since: 'yesterday' is no time"),
+        ("--previous", str(tmp_path / "nowhere"), "no dataset in"),
+    ]:
+        refused(flywheel(tmp_path, "dataset", "build", "--config", str(config), option, value), words)
+
+
+@pytest.mark.slow
+def test_old_logs_are_purged(tmp_path: Path) -> None:
+    flywheel(tmp_path, "ingest", "-", stdin=lines(60))
+    before = ("logs", "purge", "--before", "2025-08-12T12:00:40Z")
+    assert "40 records are older" in flywheel(tmp_path, *before, "--dry-run").stdout
+    refused(flywheel(tmp_path, *before, stdin=b"y\n"), "nothing was deleted; --yes deletes 40 records")
+    assert "40 records deleted" in flywheel(tmp_path, *before, "--yes").stdout
+    assert "0 records are older" in flywheel(tmp_path, *before, "--yes").stdout
+    listed = json.loads(flywheel(tmp_path, "workloads", "--json").stdout)
+    assert listed[0]["records"] == 20
 
 
 @pytest.mark.slow

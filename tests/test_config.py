@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from flywheel_ray.candidates import Lora, candidates_of
-from flywheel_ray.config import SweepConfig, load
+from flywheel_ray.config import DatasetConfig, SweepConfig, load
 from flywheel_ray.errors import ConfigError
 from flywheel_ray.rollout import Rollout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-KINDS = {"sweeps": SweepConfig, "rollouts": Rollout}
+KINDS = {"datasets": DatasetConfig, "sweeps": SweepConfig, "rollouts": Rollout}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)

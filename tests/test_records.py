@@ -173,8 +173,26 @@ def test_malformed_arguments_of_an_arm_are_kept_as_text(arguments: Any, who: dic
             "response.choices[0].message.tool_calls[0] has no function name",
         ),
         (
-            {"response": {"choices": [{"message": {"function_call": {"name": "f"}}}]}},
-            "response.choices[0].message.function_call is the API before tools; log tool_calls instead",
+            {"response": {"choices": [{"message": {"function_call": {"arguments": "{}"}}}]}},
+            "response.choices[0].message.function_call has no function name",
+        ),
+        (
+            {"response": {"choices": [{"message": {"function_call": {"name": "f", "arguments": "{"}}}]}},
+            "response.choices[0].message.function_call.arguments is not a JSON object: '{'",
+        ),
+        ({"response": [1]}, "response[0] is a number, not a chunk of a stream"),
+        ({"response": []}, "response.choices is missing or empty"),
+        (
+            {"request": {"messages": [{"role": "user", "content": [7]}]}},
+            "request.messages[0].content[0] is a number, not a string or an object",
+        ),
+        (
+            {"request": {"messages": [{"role": "assistant", "tool_calls": {}}]}},
+            "request.messages[0].tool_calls is an object, not a list",
+        ),
+        (
+            {"request": {"messages": [{"role": "user", "content": ""}], "functions": [{}]}},
+            "request.functions[0] is not a function with a name",
         ),
         ({"latency_s": -1}, "latency_s is not a length of time: -1.0"),
         ({"latency_s": "fast"}, "latency_s is a string, not a number"),

@@ -1,31 +1,31 @@
-"""Log stores: the contract on SQLite and on a server that speaks Elasticsearch's API, opening, and ingesting."""
+"""Log stores: the contract on SQLite, opening, and ingesting. Elasticsearch has a file of its own."""
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import os
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
-import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from flywheel_ray.errors import ConfigError, StoreError, StoreUnavailable
 from flywheel_ray.records import Record, to_hit, to_json_line
-from flywheel_ray.services import Appended, LogStore
+from flywheel_ray.services import Appended, LogQuery, Refused
 from flywheel_ray.stores import open_store
 from flywheel_ray.stores.ingest import IngestSummary, ingest, read_lines
 from flywheel_ray.stores.sqlite import SCHEMA_VERSION, SqliteStore
-from tests.contract_store import EVERYTHING, LogStoreContract, TransactionalLogStoreContract, record, scanned
+from tests.contract_store import EVERYTHING, TransactionalLogStoreContract, read_elsewhere, record, scanned
 from tests.values import BANKING
 
 
@@ -37,104 +37,21 @@ def sqlite_store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 
 class TestSqlite(TransactionalLogStoreContract):
+    numbers: ClassVar = [*TransactionalLogStoreContract.numbers, 2**64 + 1, 123456789.123456789, 5e-324]
+
     @pytest.fixture
     def store(self, sqlite_store: SqliteStore) -> SqliteStore:
         return sqlite_store
 
-
-# ── Elasticsearch ───────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="session")
-def elastic_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """FLYWHEEL_TEST_ES_URL, or a noida-db of our own, which speaks the same API."""
-    if url := os.environ.get("FLYWHEEL_TEST_ES_URL"):
-        yield url.rstrip("/")
-        return
-    package = importlib.util.find_spec("noida_db")
-    if package is None or package.origin is None:
-        pytest.skip("needs noida-db (pip install -e '.[dev]') or FLYWHEEL_TEST_ES_URL")
-    # The program itself: the `noida-db` command is a wrapper, and would leave it running when ended.
-    program = Path(package.origin).with_name("noida-db")
-    program.chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("noida")
-    command = [program, "start", "--only", "elasticsearch", "--elasticsearch-port", str(port), "--data-dir", folder]
-    with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            for _ in range(100):
-                try:
-                    with urllib.request.urlopen(url, timeout=2) as reply:
-                        info = json.load(reply)
-                    break
-                except OSError:
-                    assert server.poll() is None, (folder / "server.log").read_text()
-                    time.sleep(0.1)
-            else:
-                pytest.fail("noida-db did not come up")
-            print(f"\nElasticsearch API at {url}: {info['version'].get('build_hash')} as {info['version']['number']}")
-            yield url
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-@pytest.mark.slow
-class TestElasticsearch(LogStoreContract):
     @pytest.fixture
-    def store(self, elastic_server: str) -> Iterator[LogStore]:
-        from flywheel_ray.stores.elasticsearch import ElasticsearchStore
+    def url(self, sqlite_store: SqliteStore) -> str:
+        return str(sqlite_store.path)
 
-        store = open_store(f"{elastic_server}/flywheel-test-{uuid.uuid4().hex[:8]}")
-        assert isinstance(store, ElasticsearchStore)
-        yield store
-        store._client.indices.delete(index=store.index)
-        store.close()
-
-    def test_a_reader_does_not_make_the_index(self, elastic_server: str) -> None:
-        with pytest.raises(StoreError, match=r"no log store at .*/flywheel-none; run `flywheel ingest` first"):
-            open_store(f"{elastic_server}/flywheel-none", create=False)
-
-    def test_it_opens_again(self, store: LogStore, elastic_server: str) -> None:
-        store.append([record(1)])
-        again = open_store(f"{elastic_server}/{store.index}/", create=False)  # type: ignore[attr-defined]
-        assert scanned(again) == [record(1)]
-        again.close()
-
-    def test_an_index_of_something_else_is_refused(self, elastic_server: str, store: LogStore) -> None:
-        name = f"flywheel-else-{uuid.uuid4().hex[:8]}"
-        client = store._client  # type: ignore[attr-defined]
-        client.indices.create(index=name, mappings={"properties": {"timestamp": {"type": "date"}}})
-        try:
-            with pytest.raises(
-                StoreError, match=r"is no flywheel log store \(its id, client_id, workload_id, timestamp"
-            ):
-                open_store(f"{elastic_server}/{name}")
-        finally:
-            client.indices.delete(index=name)
-
-    def test_refused_items_are_reported(self, store: LogStore) -> None:
-        store._client.indices.put_mapping(index=store.index, properties={"n": {"type": "long"}})  # type: ignore[attr-defined]
-        good, bad = record(1), record(2).model_copy(update={"timestamp": "soon"})
-        with pytest.raises(StoreError, match=rf"refused 1 of 2 records; the first, {bad.id}"):
-            store.append([good, bad])
-
-
-def test_elasticsearch_that_does_not_answer_is_unavailable() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://me:secret@127.0.0.1:{probe.getsockname()[1]}/logs"
-    with pytest.raises(StoreUnavailable, match="does not answer") as failure:
-        open_store(url)
-    assert "secret" not in str(failure.value)
+    def test_parts_are_contiguous_and_even(self, store: SqliteStore) -> None:
+        store.append([record(n) for n in range(1203)])
+        found = [list(store.read(part)) for part in store.parts(EVERYTHING, 4)]
+        assert [r for part in found for r in part] == scanned(store)
+        assert [len(part) for part in found] == [301, 301, 301, 300]
 
 
 # ── opening ─────────────────────────────────────────────────────────────────
@@ -145,6 +62,13 @@ def test_urls_of_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for url in ("a.db", "sqlite:///b.db", f"sqlite:///{tmp_path}/c.db", str(tmp_path / "d.db")):
         open_store(url).close()
     assert sorted(p.name for p in tmp_path.glob("*.db")) == ["a.db", "b.db", "c.db", "d.db"]
+
+
+def test_a_password_is_not_shown() -> None:
+    for url in ("https://me:s3cret@host:9200/", "postgres://me:s3cret@host/x"):
+        with pytest.raises(ConfigError, match=r"log store '[a-z]+://host") as failure:
+            open_store(url)
+        assert "s3cret" not in str(failure.value)
 
 
 @pytest.mark.parametrize(
@@ -210,12 +134,76 @@ def test_a_damaged_row_names_the_record(sqlite_store: SqliteStore) -> None:
     with sqlite3.connect(sqlite_store.path) as db:
         db.execute("UPDATE records SET hit = '{}'")
     db.close()
-    with pytest.raises(StoreError, match=f"record {record(1).id} is damaged: client_id is missing"):
+    with pytest.raises(StoreError, match=f"record {record(1).id} is damaged: .* is missing"):
         scanned(sqlite_store)
 
 
+def test_a_file_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "logs.db"
+    with closing(SqliteStore(path)) as store:
+        store.append([record(1), record(2)])
+    with sqlite3.connect(path) as db:  # as it was before there was a purge
+        db.execute("DROP TABLE purged")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with closing(SqliteStore(path)) as store:
+        assert scanned(store) == [record(1), record(2)]
+        assert store.append([record(2), record(3)]) == Appended(added=1, duplicates=1)
+        assert store.purge(LogQuery(until=2)) == 1
+    with closing(SqliteStore(path)) as store:
+        assert scanned(store) == [record(2), record(3)]
+
+
+def test_a_purge_lets_others_write(tmp_path: Path) -> None:
+    with closing(SqliteStore(tmp_path / "logs.db")) as store:
+        store.append([record(n) for n in range(10_000)])
+        done = threading.Event()
+
+        def purge() -> None:
+            with closing(SqliteStore(store.path)) as other:
+                assert other.purge(LogQuery(until=10_000)) == 10_000
+            done.set()
+
+        with ThreadPoolExecutor(1) as pool:
+            purging = pool.submit(purge)
+            between = 0
+            while not done.is_set():
+                store.append([record(50_000 + between)])
+                between += not done.is_set()
+            purging.result()
+        assert between > 1
+        assert store.count(EVERYTHING) >= between
+
+
+def test_a_full_disk_is_worth_repeating(sqlite_store: SqliteStore) -> None:
+    sqlite_store._db.execute("PRAGMA max_page_count = 40")
+    with pytest.raises(StoreUnavailable, match="disk is full; make room"):
+        sqlite_store.append([record(n, "long " * 100) for n in range(500)])
+    assert sqlite_store.count(EVERYTHING) == 0
+    sqlite_store._db.execute("PRAGMA max_page_count = 4000")
+    assert sqlite_store.append([record(1)]).added == 1
+
+
+def test_a_file_locked_for_too_long_is_unavailable(tmp_path: Path) -> None:
+    with closing(open_store(str(tmp_path / "logs.db"), patience_s=0.1)) as store:
+        with closing(sqlite3.connect(tmp_path / "logs.db")) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreUnavailable, match="locked by another process"):
+                store.append([record(1)])
+        assert store.append([record(1)]).added == 1
+
+
+@pytest.mark.slow
+def test_parts_are_read_by_other_processes(sqlite_store: SqliteStore) -> None:
+    sqlite_store.append([record(n) for n in range(5000)])
+    parts = sqlite_store.parts(EVERYTHING, 4)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        found = list(pool.map(partial(read_elsewhere, str(sqlite_store.path)), parts))
+    assert [len(part) for part in found] == [1250] * 4
+    assert [r for part in found for r in part] == scanned(sqlite_store)
+
+
 def test_a_scan_of_a_workload_sorts_nothing(sqlite_store: SqliteStore) -> None:
-    from flywheel_ray.services import LogQuery
     from flywheel_ray.stores.sqlite import _index, _where
 
     for query in (LogQuery(), LogQuery(client_id="a", workload_id="w"), LogQuery(rollout="r"), LogQuery(served_by="s")):
@@ -332,6 +320,26 @@ def test_a_store_that_refuses_ends_the_run_and_keeps_the_rejects(tmp_path: Path)
         ingest([b"x", line(1)], "a", store, tmp_path / "rejects.jsonl")
     assert rejects_in(tmp_path / "rejects.jsonl") == [("a", 1)]
     store.close()
+
+
+def test_what_the_store_refuses_is_among_the_rejects(tmp_path: Path) -> None:
+    class Choosy(SqliteStore):
+        def append(self, records: Iterable[Record]) -> Appended:
+            chosen, others = [], []
+            for r in records:
+                (others if int(r.timestamp) % 2 else chosen).append(r)
+            refused = tuple(Refused(id=r.id, reason="mapper_parsing_exception: odd") for r in others)
+            return super().append(chosen).model_copy(update={"refused": refused})
+
+    with closing(Choosy(tmp_path / "choosy.db")) as store:
+        lines = [line(1), b"x", line(2), line(3), line(4)]
+        summary = ingest(lines, "a", store, tmp_path / "rejects.jsonl", batch=2)
+    assert (summary.lines, summary.added, summary.rejected) == (5, 2, 3)
+    assert summary.reasons == {"refused by the store": 2, "not JSON": 1}
+    assert rejects_in(tmp_path / "rejects.jsonl") == [("a", 2), ("a", 1), ("a", 4)]
+    (_, first, _) = map(json.loads, (tmp_path / "rejects.jsonl").read_bytes().splitlines())
+    assert first["reason"] == "refused by the store: mapper_parsing_exception: odd"
+    assert first["line"].encode() == line(1).rstrip()
 
 
 def test_an_empty_source_reports_once(sqlite_store: SqliteStore, tmp_path: Path) -> None:

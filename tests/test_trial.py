@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from flywheel_ray.builds import build
 from flywheel_ray.candidates import Candidate, InContext, Lora, ZeroShot
-from flywheel_ray.datasets import Example, build
+from flywheel_ray.datasets import Example
 from flywheel_ray.errors import PlatformError, PlatformUnavailable
 from flywheel_ray.judge import RubricJudge
 from flywheel_ray.records import Completion, Record, ToolCall, from_hit

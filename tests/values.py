@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flywheel_ray.builds import build
 from flywheel_ray.candidates import Candidate, Lora, ZeroShot
-from flywheel_ray.datasets import Dataset, Example, SplitPolicy, build
+from flywheel_ray.datasets import Dataset, DatasetPolicy, Example
 from flywheel_ray.records import Completion, Record, Rejected, ToolCall, from_hit
 from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, TrainingSummary
 from flywheel_ray.scoring import SCORER_VERSION
+from flywheel_ray.splits import SplitPolicy
 
 BANKING = Path(__file__).parents[2] / "shared" / "data" / "banking77_router_12.jsonl"
 """Real traffic, in a folder beside the checkout where there is one; tests that need it say so where there is not."""
@@ -63,7 +65,8 @@ def record(i: int, **changes: Any) -> Record:
 
 def dataset(records: int = 60, eval_fraction: float = 0.3) -> Dataset:
     """A dataset of the router workload."""
-    policy = SplitPolicy(eval_fraction=eval_fraction, validation_fraction=0.1)
+    split = SplitPolicy(eval_fraction=eval_fraction, validation_fraction=0.1, class_aware=False)
+    policy = DatasetPolicy(split=split, near_duplicates=None)
     return build([record(i) for i in range(records)], policy, client_id="acme", workload_id="router")
 
 

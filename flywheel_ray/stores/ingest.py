@@ -5,7 +5,8 @@
     summary.reasons                                        # {"not JSON": 1, "response.choices is missing or empty": 1}
 
 Lines stream through in batches, so memory does not grow with the file. Running it again changes nothing: records are
-known by their content, and the rejects of a source replace those of its earlier runs.
+known by their content, and the rejects of a source replace those of its earlier runs. What the store refuses is among
+the rejects too.
 """
 
 from __future__ import annotations
@@ -83,15 +84,26 @@ def ingest(
     found: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     pending: list[Record] = []
-    number = size = waiting = 0
+    sources: list[tuple[int, bytes]] = []  # their lines, in case the store refuses them
+    size = waiting = 0
+
+    def turn_down(number: int, outcome: Rejected, line: bytes) -> None:
+        reject(number, outcome.reason, line)
+        reasons[outcome.kind] += 1
 
     def flush() -> None:
         nonlocal size, waiting
         if pending:
             done = store.append(pending)
             found.update(added=done.added, duplicates=done.duplicates)
+            if done.refused:
+                lines_by_id = {record.id: source for record, source in zip(pending, sources, strict=True)}
+                for refused in done.refused:
+                    number, line = lines_by_id[refused.id]
+                    turn_down(number, Rejected(reason=f"refused by the store: {refused.reason}"), line)
         found["lines"] += waiting
         pending.clear()
+        sources.clear()
         size = waiting = 0
         if on_progress:
             on_progress(_summary(found, reasons))
@@ -101,10 +113,10 @@ def ingest(
             if line.strip():
                 outcome = parse_line(line)
                 if isinstance(outcome, Rejected):
-                    reject(number, outcome.reason, line)
-                    reasons[outcome.kind] += 1
+                    turn_down(number, outcome, line)
                 else:
                     pending.append(outcome)
+                    sources.append((number, line))
                     size += len(line)
                 waiting += 1
             read_to(number)

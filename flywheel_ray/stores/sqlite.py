@@ -1,17 +1,16 @@
 """The embedded log store: one SQLite file in WAL mode, which the gateway writes while the command line reads.
 
     store = SqliteStore("logs.db")
-    store.append([record])                                     # Appended(added=1, duplicates=0)
+    store.append([record])                                     # Appended(added=1, duplicates=0, refused=())
     next(store.scan(LogQuery(workload_id="support"))).id
 
-Rows are only ever inserted, so a scan is isolated by remembering the highest row number at its beginning: it reads page
-after page without holding a transaction, however slow its consumer is. The file must be on a local disk (WAL needs
-shared memory). After a power cut the last appends may be missing; the file stays whole.
+Row numbers only ever grow, so reading is isolated by remembering the highest one at its beginning: it goes page after
+page without holding a transaction, however slow its consumer is, and in several processes at once. The file must be on
+a local disk (WAL needs shared memory). After a power cut the last appends may be missing; the file stays whole.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 import time
@@ -22,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from flywheel_ray.errors import StoreError, StoreUnavailable
-from flywheel_ray.records import Record, Rejected, from_hit, to_hit, to_json_line
-from flywheel_ray.services import Appended, LogQuery
+from flywheel_ray.records import Record, Rejected, parse_line, to_hit, to_json_line
+from flywheel_ray.services import Appended, LogPart, LogQuery
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x666C7977  # "flyw": tells our files from other programs' databases
 BUSY_TIMEOUT_S = 30.0
 
 # Every index ends with (timestamp, id), the order of a scan.
-_SCHEMA = """
+_RECORDS = """
 CREATE TABLE records (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -46,25 +45,40 @@ CREATE INDEX records_by_rollout ON records (rollout, timestamp, id);
 CREATE INDEX records_by_server ON records (served_by, timestamp, id);
 CREATE INDEX records_by_time ON records (timestamp, id);
 """
-_INSERT = """
-INSERT INTO records (id, client_id, workload_id, served_by, rollout, timestamp, hit)
-VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING
+# The highest row number ever purged. SQLite would give it out again, and a scan take the newcomer for an old record.
+_PURGED = """
+CREATE TABLE purged (highest INTEGER NOT NULL);
+INSERT INTO purged VALUES (0);
 """
+_UPGRADES = [_RECORDS + _PURGED, _PURGED]  # from schema version 0 (a new file), 1, …
+
+_INSERT = """
+INSERT INTO records (seq, id, client_id, workload_id, served_by, rollout, timestamp, hit)
+VALUES (?, ?, ?, ?, ?, ?, ?, CAST(? AS TEXT)) ON CONFLICT (id) DO NOTHING
+"""
+_LAST = "SELECT COALESCE(MAX(seq), 0) FROM records"
 _CHUNK = 500
 _PAGE_ROWS = 500
-_PAGE_CHARACTERS = 8 << 20
+_PAGE_BYTES = 8 << 20
+_PART_ROWS = 200  # sharing fewer costs more than reading them
+_PURGE_ROWS, _PURGE_PAUSE_S = 2000, 0.01
 
 
 class SqliteStore:
     """A LogStore in one file. Safe to use from several threads and, each opening its own, from several processes.
 
+    Args:
+        path: the file; made where it does not exist.
+        patience_s: how long a call waits for other processes that write.
+
     Raises:
         StoreError: the path is a directory, in a folder that does not exist, or a file of something else.
-        StoreUnavailable: another process keeps the file locked for longer than `BUSY_TIMEOUT_S`.
+        StoreUnavailable: another process keeps the file locked for longer, or the disk is full.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, patience_s: float = BUSY_TIMEOUT_S) -> None:
         self.path = Path(path)
+        self._patience_s = patience_s
         self._lock = threading.RLock()
         if self.path.is_dir():
             raise StoreError(
@@ -74,7 +88,7 @@ class SqliteStore:
             raise StoreError(f"log store {self.path}: folder {self.path.parent} does not exist; create it first")
         with self._errors():
             # autocommit: transactions are begun where they are meant, never by the driver.
-            self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(self.path, timeout=patience_s, isolation_level=None, check_same_thread=False)
         try:
             with self._errors():
                 self._prepare()
@@ -83,45 +97,106 @@ class SqliteStore:
             raise
 
     def append(self, records: Iterable[Record]) -> Appended:
-        """Store records that are not there yet, in one transaction: all of them or none."""
+        """Store records that are not there yet, in one transaction: all of them or none. It refuses none."""
         chunks = _chunks(map(_row, records))
         first = next(chunks, None)  # the usual call is one chunk: encode it before anyone else has to wait
         if first is None:
             return Appended(added=0, duplicates=0)
         added = seen = 0
         with self._lock, self._errors(), self._transaction():
+            (last,) = self._db.execute(f"SELECT MAX(highest, ({_LAST})) FROM purged").fetchone()
             for chunk in chain([first], chunks):
-                added += self._db.executemany(_INSERT, chunk).rowcount
+                rows = ((last + n, *row) for n, row in enumerate(chunk, start=seen + 1))
+                added += self._db.executemany(_INSERT, rows).rowcount
                 seen += len(chunk)
         return Appended(added=added, duplicates=seen - added)
 
     def scan(self, query: LogQuery) -> Iterator[Record]:
         """Records matching the query, ordered by (timestamp, id), as they were when the first one was asked for."""
+        yield from self.read(self.parts(query, 1)[0])
+
+    def parts(self, query: LogQuery, count: int) -> list[LogPart]:
+        """Share a scan: contiguous ranges of (timestamp, id), in order, of equal size, by a walk along the index."""
+        if count < 1:
+            raise ValueError("a scan has at least one part")
         where, values = _where(query)
         index = _index(query)
+        ends: list[tuple[float, str] | None] = [None]
         with self._lock, self._errors():
-            (last,) = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM records").fetchone()
-        key: tuple[float, str] | None = None
+            (last,) = self._db.execute(_LAST).fetchone()
+            if count > 1:
+                matching = f"FROM records INDEXED BY {index} WHERE {where} AND seq <= ?"
+                (total,) = self._db.execute(f"SELECT COUNT(*) {matching}", (*values, last)).fetchone()
+                count = min(count, total // _PART_ROWS + 1)
+                for _ in range(count - 1):
+                    after, key = _after(ends[-1])
+                    sql = f"SELECT timestamp, id {matching}{after} ORDER BY timestamp, id LIMIT 1 OFFSET ?"
+                    end = self._db.execute(sql, (*values, last, *key, -(-total // count) - 1)).fetchone()
+                    if end is None:  # purged meanwhile
+                        break
+                    ends.append(end)
+        told = query.model_dump(exclude_none=True)
+        return [
+            LogPart(state={"query": told, "last": last, "after": after, "to": to})
+            for after, to in zip(ends, [*ends[1:], None], strict=True)
+        ]
+
+    def read(self, part: LogPart) -> Iterator[Record]:
+        """The records of a part, ordered by (timestamp, id)."""
+        try:
+            query = LogQuery.model_validate(part.state["query"])
+            last, key, to = (part.state[name] for name in ("last", "after", "to"))
+        except KeyError as error:
+            raise StoreError(f"log store {self.path}: this part is of another kind of store") from error
+        where, values = _where(query)
+        if to is not None:
+            where, values = f"{where} AND (timestamp, id) <= (?, ?)", [*values, *to]
+        sql = f"SELECT timestamp, id, CAST(hit AS BLOB) FROM records INDEXED BY {_index(query)} WHERE {where}"
         while True:
-            after = " AND (timestamp, id) > (?, ?)" if key else ""
-            sql = (
-                f"SELECT timestamp, id, hit FROM records INDEXED BY {index} WHERE {where}{after} AND seq <= ? "
-                f"ORDER BY timestamp, id LIMIT {_PAGE_ROWS}"
-            )
+            after, start = _after(key)
             page, size = [], 0
             with self._lock, self._errors():
-                cursor = self._db.execute(sql, (*values, *(key or ()), last))
+                cursor = self._db.execute(
+                    f"{sql}{after} AND seq <= ? ORDER BY timestamp, id LIMIT {_PAGE_ROWS}", (*values, *start, last)
+                )
                 for row in cursor:
                     page.append(row)
                     size += len(row[2])
-                    if size > _PAGE_CHARACTERS:
+                    if size > _PAGE_BYTES:
                         break
                 cursor.close()
             for timestamp, id, hit in page:
                 key = (timestamp, id)
-                yield self._record(id, hit)
+                record = parse_line(hit)
+                if isinstance(record, Rejected):
+                    raise StoreError(f"log store {self.path}: record {id} is damaged: {record.reason}")
+                yield record
             if not page:
                 return
+
+    def release(self, parts: Iterable[LogPart]) -> None:
+        """Nothing to do: parts hold nothing."""
+
+    def purge(self, query: LogQuery) -> int:
+        """Delete every record that matches, and say how many were deleted.
+
+        In short transactions, so that writers are not kept waiting; where it raises, some may be deleted. The file
+        keeps its size, and its free pages are used again.
+        """
+        where, values = _where(query)
+        chosen = f"SELECT seq FROM records INDEXED BY {_index(query)} WHERE {where} AND seq <= ? LIMIT {_PURGE_ROWS}"
+        deleted = 0
+        with self._errors():
+            with self._lock:
+                (last,) = self._db.execute(_LAST).fetchone()
+            while True:
+                with self._lock, self._transaction():
+                    self._db.execute(f"UPDATE purged SET highest = MAX(highest, ({_LAST}))")
+                    done = self._db.execute(f"DELETE FROM records WHERE seq IN ({chosen})", (*values, last)).rowcount
+                deleted += done
+                if done < _PURGE_ROWS:
+                    return deleted
+                time.sleep(_PURGE_PAUSE_S)  # waiting writers look for their chance every now and then only
 
     def count(self, query: LogQuery) -> int:
         """How many records match."""
@@ -145,8 +220,9 @@ class SqliteStore:
         if self._version() < SCHEMA_VERSION:
             self._use_wal()
             with self._transaction():
-                if self._version() == 0:  # asked again: another process may have been faster
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
+                version = self._version()  # asked again: another process may have been faster
+                if version < SCHEMA_VERSION:
+                    for statement in filter(str.strip, _UPGRADES[version].split(";")):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -169,13 +245,13 @@ class SqliteStore:
 
     def _use_wal(self) -> None:
         # Changing the mode needs the file alone, and SQLite does not call its busy handler for that: wait here.
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        deadline = time.monotonic() + self._patience_s
         while True:
             try:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 return
             except sqlite3.OperationalError as error:
-                if not _is_busy(error) or time.monotonic() > deadline:
+                if not _is(error, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
 
@@ -195,26 +271,21 @@ class SqliteStore:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if _is_busy(error):
+            if _is(error, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise StoreUnavailable(f"log store {self.path} is locked by another process; try again") from error
+            if _is(error, sqlite3.SQLITE_FULL):
+                raise StoreUnavailable(f"log store {self.path}: its disk is full; make room") from error
             raise StoreError(f"log store {self.path}: {error}") from error
         except sqlite3.Error as error:
             raise StoreError(f"log store {self.path}: {error}") from error
 
-    def _record(self, id: str, hit: str) -> Record:
-        record = from_hit(json.loads(hit))
-        if isinstance(record, Rejected):
-            raise StoreError(f"log store {self.path}: record {id} is damaged: {record.reason}")
-        return record
+
+def _is(error: sqlite3.OperationalError, *codes: int) -> bool:
+    # The low byte of the code; extended ones say how it came to be so.
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in codes
 
 
-def _is_busy(error: sqlite3.OperationalError) -> bool:
-    # The low byte of the code; extended ones say how the file came to be busy.
-    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
-def _row(record: Record) -> tuple[str, str, str, str, str | None, float, str]:
-    hit = to_json_line(to_hit(record)).decode("utf-8").rstrip()
+def _row(record: Record) -> tuple[str, str, str, str, str | None, float, bytes]:
     return (
         record.id,
         record.client_id,
@@ -222,7 +293,7 @@ def _row(record: Record) -> tuple[str, str, str, str, str | None, float, str]:
         record.served_by,
         record.rollout,
         record.timestamp,
-        hit,
+        to_json_line(to_hit(record)).rstrip(),
     )
 
 
@@ -230,6 +301,11 @@ def _chunks(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     rows = iter(rows)
     while chunk := list(islice(rows, _CHUNK)):
         yield chunk
+
+
+def _after(key: tuple[float, str] | None) -> tuple[str, tuple[Any, ...]]:
+    """The condition of what comes after a key, and its values."""
+    return (" AND (timestamp, id) > (?, ?)", tuple(key)) if key is not None else ("", ())
 
 
 def _where(query: LogQuery) -> tuple[str, list[Any]]:

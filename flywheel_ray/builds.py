@@ -1,0 +1,521 @@
+"""Builds: what becomes of records that were taken in, decided on all of them together.
+
+    dataset = build(store.scan(query), DatasetPolicy(), client_id="acme", workload_id="support")
+    dataset = assemble(parts, rows, policy, client_id="acme", workload_id="support")     # taken in by several processes
+
+Equal requests become one, conversations get their side, near-duplicates go, and leaks are looked for. All of it runs on
+arrays of a few dozen bytes a record; rows stay where they are, by id in buckets, until the dataset is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from flywheel_ray.datasets import (
+    Dataset,
+    DatasetPolicy,
+    Example,
+    LeakCheck,
+    Manifest,
+    SplitCounts,
+    fingerprint_of,
+)
+from flywheel_ray.errors import DatasetError
+from flywheel_ray.intake import BUCKET_BITS, BUCKETS, KEYS, Intake, Label, MemoryRows, Rows, Taken
+from flywheel_ray.near_duplicates import NearDuplicates, Shingles, boilerplate, leaks, resolve, shingles, sketch
+from flywheel_ray.records import Record, Rejected
+from flywheel_ray.splits import SPLITS, Conversation, Sides, Split, SplitPolicy, settle
+from flywheel_ray.values import canonical_bytes
+
+INVALID_CALL_TRAINING = "invalid tool call, on the training side"
+DUPLICATE = "duplicate request"
+CONFLICT = "other answer to the same request"
+LATER = "after the time hold-out, in an earlier conversation"
+NEAR = "near-duplicate"
+NEAR_EVAL = "near-duplicate of an evaluation row"
+
+
+def build(
+    records: Iterable[Record | Rejected],
+    policy: DatasetPolicy | None = None,
+    *,
+    client_id: str,
+    workload_id: str,
+    source: str = "",
+    query: Mapping[str, Any] | None = None,
+    previous: Manifest | None = None,
+    rows: Rows | None = None,
+) -> Dataset:
+    """Make a workload's dataset from its records. The order of the records does not matter.
+
+    Kept are whole answers by the teacher, whether from plain logs or recorded by the gateway. Requests are equal when
+    messages, tools and tool_choice are (sampling settings, model and user do not count). Later steps of an agent loop
+    are other requests, in the same conversation.
+
+    Args:
+        records: the workload's records, read once; others, and lines that are none, are counted and left out.
+        policy: what becomes of them; None means the default one.
+        client_id, workload_id: the workload.
+        source, query: for the manifest only: where the records came from.
+        previous: the dataset that this one continues: no record changes sides between the two.
+        rows: where rows wait; None keeps them in memory. They are read again when the dataset is.
+
+    Raises:
+        DatasetError: no record is usable, the evaluation split is empty, near-duplicates leak from one side to another,
+            or `previous` is of another workload or split.
+    """
+    policy = policy or DatasetPolicy()
+    rows = rows or MemoryRows()
+    intake = Intake(policy, client_id, workload_id, rows)
+    add = intake.add
+    for record in records:
+        add(record)
+    return assemble(
+        [intake.taken],
+        [rows],
+        policy,
+        client_id=client_id,
+        workload_id=workload_id,
+        source=source,
+        query=query,
+        previous=previous,
+    )
+
+
+def assemble(
+    parts: Sequence[Taken],
+    rows: Sequence[Rows],
+    policy: DatasetPolicy,
+    *,
+    client_id: str,
+    workload_id: str,
+    source: str = "",
+    query: Mapping[str, Any] | None = None,
+    previous: Manifest | None = None,
+) -> Dataset:
+    """Make the dataset of records that were taken in already, in one part or in many: the result is the same.
+
+    Args:
+        parts, rows: what each `Intake` found, and where its rows are.
+        others: as in `build`, and with its errors.
+    """
+    scanned = sum(part.scanned for part in parts)
+    excluded: Counter[str] = sum((part.excluded for part in parts), Counter())
+    if previous is not None:
+        _check_previous(previous, client_id, workload_id, policy)
+    if not any(part.keys for part in parts):
+        raise DatasetError(_nothing(client_id, workload_id, scanned, excluded))
+    table = _Table(parts)
+    requests, conflicting = _requests(table, policy.conflicts, excluded)
+    kept, sides = _deal(table, requests, policy, previous.sides if previous else None, excluded)
+    reader = _Reader(table, rows)
+    leak_check = LeakCheck(near_duplicates="not checked")
+    if policy.near_duplicates is not None and len(kept.at):
+        kept, leak_check = _without_near(kept, reader, policy.near_duplicates, excluded)
+    _check_leaks(table, kept)
+    if not len(kept.at):
+        raise DatasetError(_nothing(client_id, workload_id, scanned, excluded))
+    counts = {name: int(np.count_nonzero(kept.side == i)) for i, name in enumerate(SPLITS)}
+    if sides.eval_fraction > 0 and not counts["eval"]:
+        raise DatasetError(
+            f"workload {workload_id!r} of client {client_id!r} has {len(kept.at)} usable records, and none fell on the "
+            f"evaluation side (eval_fraction {sides.eval_fraction:g}). Collect more logs, widen `since`, or raise "
+            "eval_fraction."
+        )
+    assert scanned == len(kept.at) + excluded.total()
+    tools, faults = _label_counts(table, kept)
+    in_use = {id: listed for part in parts for id, listed in part.tools.items()}
+    times = table.timestamp[kept.at]
+    manifest = Manifest(
+        client_id=client_id,
+        workload_id=workload_id,
+        source=source,
+        query=dict(query or {}),
+        policy=policy,
+        sides=sides,
+        previous=previous.fingerprint if previous else None,
+        scanned=scanned,
+        excluded=dict(sorted(excluded.items())),
+        rows=SplitCounts(**counts),
+        conversations=SplitCounts(
+            **{name: len(np.unique(table.conversation[kept.at[kept.side == i]])) for i, name in enumerate(SPLITS)}
+        ),
+        tools=tools,
+        faults=faults,
+        conflicting_requests=conflicting,
+        several_choices=sum(part.several_choices for part in parts),
+        redacted=dict(sorted(sum((part.redacted for part in parts), Counter()).items())),
+        leak_check=leak_check,
+        first_timestamp=float(times.min()),
+        last_timestamp=float(times.max()),
+        fingerprint=fingerprint_of(policy, _digests(table, kept)),
+    )
+
+    def lines(names: Collection[Split]) -> Iterator[tuple[Split, bytes]]:
+        wanted = np.isin(kept.side, [SPLITS.index(name) for name in names])
+        which = [SPLITS[i] for i in kept.side[wanted].tolist()]
+        return zip(which, reader.lines(kept.at[wanted]), strict=True)
+
+    return Dataset(manifest, in_use, lines)
+
+
+def example_of(record: Record) -> Example:
+    """The dataset row of one usable record, whatever its workload.
+
+    Raises:
+        DatasetError: it is not usable; the message says why.
+    """
+    policy = DatasetPolicy(
+        split=SplitPolicy(eval_fraction=1, validation_fraction=0), near_duplicates=None, invalid_calls="keep"
+    )
+    (example,) = build([record], policy, client_id=record.client_id, workload_id=record.workload_id).eval
+    return example
+
+
+class _Kept(NamedTuple):
+    """Rows of the dataset, by id: where each lies, and what is known of it. All arrays of one length."""
+
+    at: NDArray[np.int64]
+    """Index into the keys."""
+    side: NDArray[np.int8]
+    """Index into `SPLITS`."""
+    first_seen: NDArray[np.float64]
+
+
+class _Table:
+    """The keys of all parts together, and where each one's row is."""
+
+    def __init__(self, parts: Sequence[Taken]) -> None:
+        self.labels: list[Label] = []
+        numbers: dict[Label, int] = {}
+        tables, owners = [], []
+        for i, part in enumerate(parts):
+            table = np.frombuffer(bytes(part.keys), dtype=KEYS)
+            new = np.array([numbers.setdefault(label, len(numbers)) for label in part.labels] or [0], dtype=np.uint32)
+            tables.append((table, new[table["label"]]))
+            owners.append(np.full(len(table), i, dtype=np.uint16))
+        self.labels = list(numbers)
+        self.part = np.concatenate(owners) if owners else np.zeros(0, dtype=np.uint16)
+
+        def column(name: str, kind: str) -> NDArray[Any]:
+            return np.concatenate([table[name].astype(kind) for table, _ in tables])
+
+        self.id_high, self.id_low = column("id_high", "u8"), column("id_low", "u8")
+        self.content_high, self.content_low = column("content_high", "u8"), column("content_low", "u8")
+        self.answer, self.conversation = column("answer", "u8"), column("conversation", "u8")
+        self.tie, self.timestamp = column("tie", "u4"), column("timestamp", "f8")
+        self.length = column("length", "i8")
+        self.label = np.concatenate([label for _, label in tables])
+        self.bucket = (self.id_high >> np.uint64(64 - BUCKET_BITS)).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.id_high)
+
+    @cached_property
+    def offset(self) -> NDArray[np.int64]:
+        """Where each row begins in its part's bucket: rows of a bucket follow each other as they were added."""
+        place = self.part.astype(np.int64) * BUCKETS + self.bucket
+        order = np.argsort(place, kind="stable")
+        ends = np.cumsum(self.length[order])
+        starts = ends - self.length[order]
+        first = np.searchsorted(place[order], place[order])  # of the rows in the same place
+        offset = np.empty(len(self), dtype=np.int64)
+        offset[order] = starts - starts[first]
+        return offset
+
+
+class Requests(NamedTuple):
+    """Equal requests as one: the record whose answer counts, and when the request was first seen; ordered by id."""
+
+    at: NDArray[np.int64]
+    first_seen: NDArray[np.float64]
+
+
+def _requests(table: _Table, conflicts: str, excluded: Counter[str]) -> tuple[Requests, int]:
+    """Resolve equal requests, and count those with several answers."""
+    order = np.lexsort((table.tie, table.timestamp, table.id_low, table.id_high))
+    high, low = table.id_high[order], table.id_low[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+    starts = np.flatnonzero(new)
+    ends = np.append(starts[1:], len(order))
+    first_seen = table.timestamp[order[starts]]
+    chosen = order[ends - 1]  # the latest
+    answers = table.answer[order]
+    group = np.cumsum(new) - 1
+    differs = np.zeros(len(starts), dtype=bool)
+    differs[group[answers != answers[starts[group]]]] = True
+    keep = np.ones(len(starts), dtype=bool)
+    losers = 0
+    for g in np.flatnonzero(differs):
+        members = order[starts[g] : ends[g]]
+        if conflicts == "drop":
+            keep[g] = False
+            losers += len(members)
+            continue
+        given = table.answer[members]
+        if conflicts == "majority":
+            counts = Counter(given.tolist())
+            most = max(counts.values())
+            # Of the most frequent answers the one given last; members are in order of time.
+            chosen[g] = next(m for m, a in zip(members[::-1], given[::-1].tolist(), strict=True) if counts[a] == most)
+        losers += int(np.count_nonzero(given != table.answer[chosen[g]]))
+    duplicates = len(order) - int(np.count_nonzero(keep)) - losers
+    _count(excluded, CONFLICT, losers)
+    _count(excluded, DUPLICATE, duplicates)
+    return Requests(chosen[keep], first_seen[keep]), int(np.count_nonzero(differs))
+
+
+def _count(excluded: Counter[str], reason: str, count: int | np.integer[Any]) -> None:
+    if count:
+        excluded[reason] += int(count)
+
+
+def _deal(
+    table: _Table, requests: Requests, policy: DatasetPolicy, previous: Sides | None, excluded: Counter[str]
+) -> tuple[_Kept, Sides]:
+    """Give every request a side, by its conversation."""
+    names, group = np.unique(table.conversation[requests.at], return_inverse=True)
+    # A conversation begins with its first record, also one that was a duplicate.
+    first = np.full(len(names), np.inf)
+    np.minimum.at(first, group, requests.first_seen)
+    sizes = np.bincount(group, minlength=len(names))
+    # Distinct (conversation, label) pairs, in order of conversation.
+    pairs = np.unique(group.astype(np.int64) * len(table.labels) + table.label[requests.at])
+    tools_of = [frozenset(label.tools) for label in table.labels]
+    tools: list[frozenset[str]] = [frozenset()] * len(names)
+    for pair in pairs.tolist():
+        g, label = divmod(pair, len(table.labels))
+        tools[g] = tools[g] | tools_of[label] if tools[g] else tools_of[label]
+    texts = [f"{name:016x}" for name in names.tolist()]
+    conversations = list(map(Conversation, texts, first.tolist(), sizes.tolist(), tools))
+    sides = settle(policy.split, conversations, previous)
+    index = {name: i for i, name in enumerate(SPLITS)}
+    side = np.array([index[sides.of(c.name, c.first_seen)] for c in conversations], dtype=np.int8)[group]
+    keep = np.ones(len(side), dtype=bool)
+    since = policy.split.holdout_since
+    if since is not None:
+        keep = (table.timestamp[requests.at] < since) | (first[group] >= since)
+        _count(excluded, LATER, np.count_nonzero(~keep))
+    if policy.invalid_calls == "eval_only":
+        faulty = np.array([bool(label.faults) for label in table.labels])[table.label[requests.at]]
+        wrong = keep & faulty & (side != index["eval"])
+        _count(excluded, INVALID_CALL_TRAINING, np.count_nonzero(wrong))
+        keep &= ~wrong
+    return _Kept(requests.at[keep], side[keep], requests.first_seen[keep]), sides
+
+
+class _Reader:
+    """Reads chosen rows out of the parts' buckets."""
+
+    def __init__(self, table: _Table, rows: Sequence[Rows]) -> None:
+        self._table, self._rows = table, rows
+
+    def lines(self, at: NDArray[np.int64]) -> Iterator[bytes]:
+        """The rows of keys, in the order given, which is best one of buckets."""
+        table = self._table
+        offsets, lengths = table.offset[at].tolist(), table.length[at].tolist()
+        parts, buckets = table.part[at].tolist(), table.bucket[at].tolist()
+        held: dict[int, bytes] = {}
+        bucket = -1
+        for part, in_bucket, offset, length in zip(parts, buckets, offsets, lengths, strict=True):
+            if in_bucket != bucket:
+                bucket, held = in_bucket, {}
+            blob = held.get(part)
+            if blob is None:
+                blob = held[part] = self._rows[part].read(bucket)
+            yield blob[offset : offset + length]
+
+
+class _NearText(NamedTuple):
+    text: str
+    group: str
+
+
+def _near_text(line: bytes) -> _NearText:
+    """What of a row is compared with others, and the group it is compared in: equal roles and equal calls."""
+    row = _decode_near(line)
+    roles = [message.get("role") for message in row.messages]
+    texts = [message.get("content") or "" for message in row.messages if message.get("role") not in _SYSTEM]
+    calls = sorted(canonical_bytes(call) for call in row.reference.get("tool_calls") or ())
+    return _NearText("\n".join(texts), (canonical_bytes(roles) + b"|".join(calls)).decode())
+
+
+class _Row(msgspec.Struct):
+    id: str
+    timestamp: float
+    messages: list[dict[str, Any]]
+    reference: dict[str, Any]
+
+
+class _NearRows:
+    """Rows as near-duplicates see them.
+
+    Args:
+        lines: reads the rows of some indices, ascending, or of all where None is given.
+        early: indices of the first rows by time, ascending: a sample of what all requests repeat.
+    """
+
+    def __init__(
+        self,
+        lines: Callable[[NDArray[np.int64] | None], Iterator[bytes]],
+        early: NDArray[np.int64],
+        policy: NearDuplicates,
+    ) -> None:
+        self.lines, self._policy = lines, policy
+        self._common = boilerplate([_near_text(line).text for line in lines(early)], policy)
+
+    def sketches(self, seed: int) -> NDArray[np.uint32]:
+        """The LSH band hashes of all rows, (rows, bands)."""
+        batches: list[NDArray[np.uint32]] = []
+        rows = self.lines(None)
+        while batch := [_near_text(line) for line in islice(rows, _SKETCH_BATCH)]:
+            texts, groups = zip(*batch, strict=True)
+            batches.append(sketch(texts, groups, self._policy, seed, self._common))
+        return np.concatenate(batches)
+
+    def shingles_of(self, rows: NDArray[np.int64]) -> Shingles:
+        """The shingles of some rows, in the order asked for."""
+        order = np.argsort(rows, kind="stable")
+        found = dict(zip(order.tolist(), map(_near_text, self.lines(rows[order])), strict=True))
+        near = [found[i] for i in range(len(rows))]
+        return shingles([one.text for one in near], [one.group for one in near], self._policy, self._common)
+
+
+def _without_near(
+    kept: _Kept, reader: _Reader, policy: NearDuplicates, excluded: Counter[str]
+) -> tuple[_Kept, LeakCheck]:
+    """Drop what is nearly the same as a row before it, evaluation rows first, and check by other hash functions."""
+
+    def rows_of(some: _Kept) -> _NearRows:
+        early = np.sort(np.lexsort((some.at, some.first_seen))[:_EARLY])
+        return _NearRows(lambda i: reader.lines(some.at if i is None else some.at[i]), early, policy)
+
+    rank = _RANK[kept.side]
+    rows = rows_of(kept)
+    order = np.empty(len(rank), dtype=np.int64)
+    order[np.lexsort((np.arange(len(rank)), kept.first_seen, rank))] = np.arange(len(rank))
+    of = resolve(rows.sketches(seed=0), order, rows.shingles_of, policy)
+    for seed in range(1, _CHECKS + 1):
+        own = of == np.arange(len(of))
+        _count(excluded, NEAR_EVAL, np.count_nonzero(~own & (rank[of] == 0) & (rank > 0)))
+        _count(excluded, NEAR, np.count_nonzero(~own & ~((rank[of] == 0) & (rank > 0))))
+        kept, rank = _Kept(*(column[own] for column in kept)), rank[own]
+        rows = rows_of(kept)
+        found = leaks(rows.sketches(seed), rank, rows.shingles_of, policy)
+        if not len(found):
+            return kept, LeakCheck(near_duplicates="none", near_threshold=policy.leak.threshold)
+        # What the search missed by chance goes the same way, and the check begins anew.
+        of = np.arange(len(rank))
+        of[found[:, 0]] = found[:, 1]
+    raise _leak(found, rows, policy)
+
+
+def near_leaks(dataset: Dataset) -> None:
+    """Look for near-duplicates between the sides of a dataset, from its rows alone.
+
+    Raises:
+        DatasetError: there are some. Where the policy keeps near-duplicates, nothing is looked for.
+    """
+    policy = dataset.manifest.policy.near_duplicates
+    if policy is None:
+        return
+    counts = [getattr(dataset.manifest.rows, name) for name in SPLITS]
+
+    def lines(some: NDArray[np.int64] | None) -> Iterator[bytes]:
+        wanted = iter(some.tolist() if some is not None else range(sum(counts)))
+        at = next(wanted, -1)
+        for i, (_, line) in enumerate(dataset.lines(SPLITS)):
+            if at < 0:
+                return
+            if i == at:
+                yield line
+                at = next(wanted, -1)
+
+    times = np.array([_decode_near(line).timestamp for line in lines(None)])
+    rows = _NearRows(lines, np.sort(np.argsort(times, kind="stable")[:_EARLY]), policy)
+    found = leaks(
+        rows.sketches(seed=_CHECKS + 1), _RANK[np.repeat(np.arange(len(SPLITS)), counts)], rows.shingles_of, policy
+    )
+    if len(found):
+        raise _leak(found, rows, policy)
+
+
+def _leak(found: NDArray[np.int64], rows: _NearRows, policy: NearDuplicates) -> DatasetError:
+    first, second = (_decode_near(line).id for line in rows.lines(np.unique(found[0])))
+    return DatasetError(
+        f"{len(found)} rows nearly repeat one on another side (similarity {policy.leak.threshold:g} or more), such as "
+        f"{first} and {second}. Build again with a lower near_duplicates.threshold."
+    )
+
+
+def _check_leaks(table: _Table, kept: _Kept) -> None:
+    """No request and no conversation on two sides: true by construction, and checked on every build all the same."""
+    for what, names in (("conversation", table.conversation[kept.at]), ("request", table.id_low[kept.at])):
+        pairs = np.unique(np.stack([names, kept.side.astype(np.uint64)]), axis=1)
+        if len(np.unique(pairs[0])) != pairs.shape[1]:
+            raise DatasetError(f"a {what} is on two sides of the split; please report this as a defect")
+
+
+def _digests(table: _Table, kept: _Kept) -> dict[Split, bytes]:
+    """For each split, 40 bytes a row in order of id: request, answer, conversation."""
+    columns = (table.id_high, table.id_low, table.content_high, table.content_low, table.conversation)
+    digests: dict[Split, bytes] = {}
+    for i, name in enumerate(SPLITS):
+        at = kept.at[kept.side == i]
+        digests[name] = np.stack([column[at] for column in columns], axis=1).astype(">u8").tobytes()
+    return digests
+
+
+def _label_counts(table: _Table, kept: _Kept) -> tuple[dict[str, SplitCounts], dict[str, int]]:
+    tools: dict[str, Counter[str]] = {}
+    faults: Counter[str] = Counter()
+    labels = table.label[kept.at].astype(np.int64)
+    for i, name in enumerate(SPLITS):
+        counts = np.bincount(labels[kept.side == i], minlength=len(table.labels)).tolist()
+        for label, count in zip(table.labels, counts, strict=True):
+            if not count:
+                continue
+            for tool in label.tools:
+                tools.setdefault(tool, Counter())[name] += count
+            for fault in set(label.faults):
+                faults[fault] += count
+    return {tool: SplitCounts(**counts) for tool, counts in sorted(tools.items())}, dict(sorted(faults.items()))
+
+
+def _check_previous(previous: Manifest, client_id: str, workload_id: str, policy: DatasetPolicy) -> None:
+    if (previous.client_id, previous.workload_id) != (client_id, workload_id):
+        raise DatasetError(
+            f"dataset {previous.fingerprint} is of workload {previous.name}, not of {client_id}/{workload_id}; "
+            "name another previous dataset, or none"
+        )
+    if previous.policy.split != policy.split:
+        raise DatasetError(
+            f"dataset {previous.fingerprint} was split by another policy, so this one cannot continue it. Use the same "
+            "split settings, or no previous dataset"
+        )
+
+
+def _nothing(client_id: str, workload_id: str, scanned: int, excluded: Mapping[str, int]) -> str:
+    where = f"workload {workload_id!r} of client {client_id!r}"
+    if not scanned:
+        return f"no records of {where}. Check both names, widen `since`, or run `flywheel ingest` first."
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(excluded.items()))
+    return f"{where} has no usable record among {scanned}: {reasons}. Widen `since`, or log whole teacher answers."
+
+
+_SYSTEM = ("system", "developer")
+_SKETCH_BATCH = 10_000
+_EARLY = 1_000
+_CHECKS = 5
+_RANK = np.array([SPLITS[::-1].index(name) for name in SPLITS], dtype=np.int8)
+"""Index into `SPLITS` → which side goes before the others: evaluation, then validation, then training."""
+_decode_near = msgspec.json.Decoder(_Row).decode

@@ -1,0 +1,277 @@
+"""Taking records in: is each of use, what was asked, what was answered, and the row that a dataset would have of it.
+
+    intake = Intake(DatasetPolicy(), "acme", "support", rows=MemoryRows())
+    for record in store.scan(query):
+        intake.add(record)
+    intake.taken.excluded              # Counter({"truncated answer": 3})
+
+Each record is looked at once, alone, and for some twenty microseconds. What must be decided on all of them together is
+left to `builds`, which gets 68 bytes for each: so the taking in may run in one process or in many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from flywheel_ray.datasets import NO_TOOL, DatasetPolicy, answer_digest
+from flywheel_ray.records import INTERRUPTED, TEACHER, Record, Rejected, conversation_of, normal_messages, readable
+from flywheel_ray.redaction import Redactor
+from flywheel_ray.toolbox import Toolbox
+from flywheel_ray.values import canonical_bytes
+
+OTHER_WORKLOAD = "another workload"
+SHADOW = "shadow copy"
+ARM = "served by an arm"
+FAILED = "failed exchange"
+TRUNCATED = "truncated answer"
+BROKEN_OFF = "interrupted stream"
+FILTERED = "content filtered"
+REFUSED = "refused answer"
+MALFORMED = "tool arguments are not an object"
+EMPTY = "empty answer"
+MEDIA = "request has images or other media"
+INVALID_CALL = "invalid tool call"
+
+BUCKETS = 64
+"""Rows are kept by the first six bits of their id, so that a bucket of them fits into memory and buckets in order are
+rows in order."""
+BUCKET_BITS = 6
+
+_KEY = struct.Struct(">16s16s8s8sIdII")
+KEYS = np.dtype(
+    [
+        ("id_high", ">u8"),
+        ("id_low", ">u8"),
+        ("content_high", ">u8"),
+        ("content_low", ">u8"),
+        ("answer", ">u8"),
+        ("conversation", ">u8"),
+        ("tie", ">u4"),
+        ("timestamp", ">f8"),
+        ("label", ">u4"),
+        ("length", ">u4"),
+    ]
+)
+"""One usable record, 68 bytes: its request, the whole of its answer, what of the answer is compared with others, its
+conversation, a hash of its row (so that equal times have an order), and where to find the row."""
+
+
+class Label(NamedTuple):
+    """What many records have in common: the tools their answer calls, and what is wrong with the calls."""
+
+    tools: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+class Rows(Protocol):
+    """Where the rows of usable records wait until it is decided which are kept."""
+
+    def add(self, bucket: int, row: bytes) -> None:
+        """Append a row to a bucket."""
+        ...
+
+    def read(self, bucket: int) -> bytes:
+        """All rows of a bucket, one after another, in the order they were added."""
+        ...
+
+
+class MemoryRows:
+    """Rows in memory."""
+
+    def __init__(self) -> None:
+        self._rows: list[bytearray] = [bytearray() for _ in range(BUCKETS)]
+
+    def add(self, bucket: int, row: bytes) -> None:
+        """Append a row to a bucket."""
+        self._rows[bucket] += row
+
+    def read(self, bucket: int) -> bytes:
+        """All rows of a bucket."""
+        return bytes(self._rows[bucket])
+
+
+@dataclass
+class Taken:
+    """What an `Intake` has found: a table of keys, and counts. Small enough to be sent between processes."""
+
+    keys: bytearray = field(default_factory=bytearray)
+    labels: dict[Label, int] = field(default_factory=dict)
+    tools: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    scanned: int = 0
+    excluded: Counter[str] = field(default_factory=Counter)
+    redacted: Counter[str] = field(default_factory=Counter)
+    several_choices: int = 0
+
+
+class Intake:
+    """Takes records one by one: counts those that are of no use, and makes rows of the others.
+
+    Args:
+        policy: what is of use.
+        client_id, workload_id: the workload; other records are counted and left out.
+        rows: where rows go.
+    """
+
+    def __init__(self, policy: DatasetPolicy, client_id: str, workload_id: str, rows: Rows) -> None:
+        self.taken = Taken()
+        self._policy = policy
+        self._client_id, self._workload_id = client_id, workload_id
+        self._rows = rows
+        self._redactor = Redactor(policy.redaction) if policy.redaction else None
+        self._toolboxes: dict[int, tuple[list[dict[str, Any]], Toolbox]] = {}
+
+    def add(self, record: Record | Rejected) -> None:
+        """Take a record, or a line that is none."""
+        taken = self.taken
+        taken.scanned += 1
+        if type(record) is Rejected:
+            taken.excluded[f"rejected: {record.kind}"] += 1
+            return
+        assert isinstance(record, Record)
+        reason = self._unusable(record)
+        if reason is not None:
+            taken.excluded[reason] += 1
+            return
+        messages, media = normal_messages(record.messages)
+        if media and self._policy.media == "drop":
+            taken.excluded[MEDIA] += 1
+            return
+        answer = record.completion
+        tools = record.tools
+        toolbox = self._toolbox(tools) if tools else None
+        faults: tuple[str, ...] = ()
+        for call in answer.tool_calls:
+            fault = toolbox.fault(call.name, call.arguments) if toolbox else _NOT_OFFERED
+            if fault is not None:
+                faults = (*faults, fault.kind)
+        if faults and self._policy.invalid_calls == "drop":
+            taken.excluded[INVALID_CALL] += 1
+            return
+        if len(record.response["choices"]) > 1:
+            taken.several_choices += 1
+        self._keep(record, messages, toolbox, faults)
+
+    def _unusable(self, record: Record) -> str | None:
+        if record.workload_id != self._workload_id or record.client_id != self._client_id:
+            return OTHER_WORKLOAD
+        if record.shadow:
+            return SHADOW
+        if record.served_by != TEACHER:
+            return ARM
+        if record.error:
+            return FAILED
+        answer = record.completion
+        if answer.finish_reason in _UNFINISHED:
+            return _UNFINISHED[answer.finish_reason]
+        if answer.refused:
+            return REFUSED
+        for call in answer.tool_calls:
+            if type(call.arguments) is str:
+                return MALFORMED
+        return EMPTY if not answer.tool_calls and not answer.text.strip() else None
+
+    def _toolbox(self, tools: list[dict[str, Any]]) -> Toolbox:
+        # Lines with the same tools share one list (see `records`), so that its identity is enough nearly always.
+        known = self._toolboxes.get(id(tools))
+        if known is not None and known[0] is tools:
+            return known[1]
+        toolbox = Toolbox(readable(tools))
+        if toolbox.id in self.taken.tools:
+            toolbox = next((box for _, box in self._toolboxes.values() if box.id == toolbox.id), toolbox)
+        if len(self._toolboxes) >= _TOOLBOXES:
+            self._toolboxes.clear()
+        self._toolboxes[id(tools)] = (tools, toolbox)
+        self.taken.tools.setdefault(toolbox.id, [dict(tool) for tool in toolbox.tools])
+        return toolbox
+
+    def _keep(
+        self, record: Record, messages: list[dict[str, Any]], toolbox: Toolbox | None, faults: tuple[str, ...]
+    ) -> None:
+        answer = record.completion
+        reference: dict[str, Any] = {
+            "text": answer.text,
+            "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls],
+        }
+        if answer.reasoning is not None:
+            reference["reasoning"] = answer.reasoning
+        if self._redactor is not None:
+            messages, reference, found = self._redactor.redact(messages, reference)
+            self.taken.redacted.update(found)
+        choice = record.tool_choice
+        try:
+            request = _encode_sorted([messages, toolbox.id if toolbox else None, choice])
+        except (TypeError, ValueError, OverflowError):
+            messages, reference, choice = readable(messages), readable(reference), readable(choice)
+            request = canonical_bytes([messages, toolbox.id if toolbox else None, choice])
+        id = _sha256(request).digest()[:16]
+        conversation = conversation_of(self._client_id, self._workload_id, messages)
+        calls = reference["tool_calls"]
+        whole = answer_digest(reference.get("reasoning"), reference["text"], calls)
+        if not calls:
+            tools, compared = _NO_TOOLS, answer_digest(None, reference["text"].strip(), calls)
+        elif len(calls) == 1:
+            tools = (calls[0]["name"],)
+            plain = not reference["text"] and "reasoning" not in reference
+            compared = whole if plain else answer_digest(None, "", calls)
+        else:  # in whatever order
+            tools = tuple(sorted({call["name"] for call in calls}))
+            compared = answer_digest(None, "", sorted(calls, key=canonical_bytes))
+        label = (tools, faults)
+        labels = self.taken.labels
+        number = labels.get(label)  # type: ignore[call-overload]
+        if number is None:
+            number = labels[Label(tools, faults)] = len(labels)
+        if answer.finish_reason is not None:
+            reference["finish_reason"] = answer.finish_reason
+        if answer.latency_s is not None:
+            reference["latency_s"] = answer.latency_s
+        if answer.prompt_tokens is not None:
+            reference["prompt_tokens"] = answer.prompt_tokens
+        if answer.completion_tokens is not None:
+            reference["completion_tokens"] = answer.completion_tokens
+        row: dict[str, Any] = {
+            "id": id.hex(),
+            "conversation": conversation,
+            "timestamp": record.timestamp,
+            "messages": messages,
+        }
+        if toolbox is not None:
+            row["tools"] = toolbox.id
+        if choice is not None:
+            row["tool_choice"] = choice
+        if faults:
+            row["faults"] = faults
+        row["reference"] = reference
+        line = _encode(row)
+        self._rows.add(id[0] >> (8 - BUCKET_BITS), line)
+        self.taken.keys += _KEY.pack(
+            id,
+            whole,
+            compared,  # of which the first 8 bytes
+            bytes.fromhex(conversation),
+            zlib.crc32(line),
+            record.timestamp,
+            number,
+            len(line),
+        )
+
+
+class _Fault(NamedTuple):
+    kind: str
+
+
+_NOT_OFFERED = _Fault("unknown_tool")
+_NO_TOOLS = (NO_TOOL,)
+_UNFINISHED = {"length": TRUNCATED, "content_filter": FILTERED, INTERRUPTED: BROKEN_OFF}
+_TOOLBOXES = 4096
+_encode = msgspec.json.Encoder().encode
+_encode_sorted = msgspec.json.Encoder(order="deterministic").encode
+_sha256 = hashlib.sha256
