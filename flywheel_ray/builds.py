@@ -29,9 +29,10 @@ from flywheel_ray.datasets import (
     fingerprint_of,
 )
 from flywheel_ray.errors import DatasetError
-from flywheel_ray.intake import BUCKET_BITS, BUCKETS, KEYS, Intake, Label, MemoryRows, Rows, Taken
+from flywheel_ray.intake import BUCKET_BITS, BUCKETS, KEYS, Intake, Label, MemoryRows, Rows, Taken, with_conversation
 from flywheel_ray.near_duplicates import NearDuplicates, Shingles, boilerplate, leaks, resolve, shingles, sketch
 from flywheel_ray.records import Record, Rejected
+from flywheel_ray.redaction import Redactor
 from flywheel_ray.splits import SPLITS, Conversation, Sides, Split, SplitPolicy, settle
 from flywheel_ray.values import canonical_bytes
 
@@ -53,6 +54,7 @@ def build(
     query: Mapping[str, Any] | None = None,
     previous: Manifest | None = None,
     rows: Rows | None = None,
+    redactor: Redactor | None = None,
 ) -> Dataset:
     """Make a workload's dataset from its records. The order of the records does not matter.
 
@@ -67,6 +69,7 @@ def build(
         source, query: for the manifest only: where the records came from.
         previous: the dataset that this one continues: no record changes sides between the two.
         rows: where rows wait; None keeps them in memory. They are read again when the dataset is.
+        redactor: as for `Intake`.
 
     Raises:
         DatasetError: no record is usable, the evaluation split is empty, near-duplicates leak from one side to another,
@@ -74,7 +77,7 @@ def build(
     """
     policy = policy or DatasetPolicy()
     rows = rows or MemoryRows()
-    intake = Intake(policy, client_id, workload_id, rows)
+    intake = Intake(policy, client_id, workload_id, rows, redactor)
     add = intake.add
     for record in records:
         add(record)
@@ -146,7 +149,7 @@ def assemble(
         excluded=dict(sorted(excluded.items())),
         rows=SplitCounts(**counts),
         conversations=SplitCounts(
-            **{name: len(np.unique(table.conversation[kept.at[kept.side == i]])) for i, name in enumerate(SPLITS)}
+            **{name: len(np.unique(kept.conversation[kept.side == i])) for i, name in enumerate(SPLITS)}
         ),
         tools=tools,
         faults=faults,
@@ -162,7 +165,12 @@ def assemble(
     def lines(names: Collection[Split]) -> Iterator[tuple[Split, bytes]]:
         wanted = np.isin(kept.side, [SPLITS.index(name) for name in names])
         which = [SPLITS[i] for i in kept.side[wanted].tolist()]
-        return zip(which, reader.lines(kept.at[wanted]), strict=True)
+        at, conversation = kept.at[wanted], kept.conversation[wanted]
+        renamed = dict.fromkeys(np.flatnonzero(table.conversation[at] != conversation).tolist())
+        for i, line in enumerate(reader.lines(at)):
+            if i in renamed:
+                line = with_conversation(line, f"{int(conversation[i]):016x}")
+            yield which[i], line
 
     return Dataset(manifest, in_use, lines)
 
@@ -185,6 +193,7 @@ class _Kept(NamedTuple):
 
     at: NDArray[np.int64]
     """Index into the keys."""
+    conversation: NDArray[np.uint64]
     side: NDArray[np.int8]
     """Index into `SPLITS`."""
     first_seen: NDArray[np.float64]
@@ -232,14 +241,18 @@ class _Table:
         return offset
 
 
-class Requests(NamedTuple):
-    """Equal requests as one: the record whose answer counts, and when the request was first seen; ordered by id."""
+class _Requests(NamedTuple):
+    """Equal requests as one, ordered by id: the record whose answer counts, and the first one's time and conversation.
+
+    Equal requests are in one conversation, but for some that redaction has made equal.
+    """
 
     at: NDArray[np.int64]
     first_seen: NDArray[np.float64]
+    conversation: NDArray[np.uint64]
 
 
-def _requests(table: _Table, conflicts: str, excluded: Counter[str]) -> tuple[Requests, int]:
+def _requests(table: _Table, conflicts: str, excluded: Counter[str]) -> tuple[_Requests, int]:
     """Resolve equal requests, and count those with several answers."""
     order = np.lexsort((table.tie, table.timestamp, table.id_low, table.id_high))
     high, low = table.id_high[order], table.id_low[order]
@@ -271,7 +284,8 @@ def _requests(table: _Table, conflicts: str, excluded: Counter[str]) -> tuple[Re
     duplicates = len(order) - int(np.count_nonzero(keep)) - losers
     _count(excluded, CONFLICT, losers)
     _count(excluded, DUPLICATE, duplicates)
-    return Requests(chosen[keep], first_seen[keep]), int(np.count_nonzero(differs))
+    requests = _Requests(chosen[keep], first_seen[keep], table.conversation[order[starts]][keep])
+    return requests, int(np.count_nonzero(differs))
 
 
 def _count(excluded: Counter[str], reason: str, count: int | np.integer[Any]) -> None:
@@ -280,10 +294,10 @@ def _count(excluded: Counter[str], reason: str, count: int | np.integer[Any]) ->
 
 
 def _deal(
-    table: _Table, requests: Requests, policy: DatasetPolicy, previous: Sides | None, excluded: Counter[str]
+    table: _Table, requests: _Requests, policy: DatasetPolicy, previous: Sides | None, excluded: Counter[str]
 ) -> tuple[_Kept, Sides]:
     """Give every request a side, by its conversation."""
-    names, group = np.unique(table.conversation[requests.at], return_inverse=True)
+    names, group = np.unique(requests.conversation, return_inverse=True)
     # A conversation begins with its first record, also one that was a duplicate.
     first = np.full(len(names), np.inf)
     np.minimum.at(first, group, requests.first_seen)
@@ -310,7 +324,7 @@ def _deal(
         wrong = keep & faulty & (side != index["eval"])
         _count(excluded, INVALID_CALL_TRAINING, np.count_nonzero(wrong))
         keep &= ~wrong
-    return _Kept(requests.at[keep], side[keep], requests.first_seen[keep]), sides
+    return _Kept(requests.at[keep], requests.conversation[keep], side[keep], requests.first_seen[keep]), sides
 
 
 class _Reader:
@@ -459,7 +473,7 @@ def _leak(found: NDArray[np.int64], rows: _NearRows, policy: NearDuplicates) -> 
 
 def _check_leaks(table: _Table, kept: _Kept) -> None:
     """No request and no conversation on two sides: true by construction, and checked on every build all the same."""
-    for what, names in (("conversation", table.conversation[kept.at]), ("request", table.id_low[kept.at])):
+    for what, names in (("conversation", kept.conversation), ("request", table.id_low[kept.at])):
         pairs = np.unique(np.stack([names, kept.side.astype(np.uint64)]), axis=1)
         if len(np.unique(pairs[0])) != pairs.shape[1]:
             raise DatasetError(f"a {what} is on two sides of the split; please report this as a defect")
@@ -467,11 +481,12 @@ def _check_leaks(table: _Table, kept: _Kept) -> None:
 
 def _digests(table: _Table, kept: _Kept) -> dict[Split, bytes]:
     """For each split, 40 bytes a row in order of id: request, answer, conversation."""
-    columns = (table.id_high, table.id_low, table.content_high, table.content_low, table.conversation)
     digests: dict[Split, bytes] = {}
     for i, name in enumerate(SPLITS):
-        at = kept.at[kept.side == i]
-        digests[name] = np.stack([column[at] for column in columns], axis=1).astype(">u8").tobytes()
+        here = kept.side == i
+        at = kept.at[here]
+        columns = (table.id_high[at], table.id_low[at], table.content_high[at], table.content_low[at])
+        digests[name] = np.stack([*columns, kept.conversation[here]], axis=1).astype(">u8").tobytes()
     return digests
 
 

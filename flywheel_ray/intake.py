@@ -118,14 +118,22 @@ class Intake:
         policy: what is of use.
         client_id, workload_id: the workload; other records are counted and left out.
         rows: where rows go.
+        redactor: of the policy's redaction, where that asks for more than patterns; None makes one of patterns.
     """
 
-    def __init__(self, policy: DatasetPolicy, client_id: str, workload_id: str, rows: Rows) -> None:
+    def __init__(
+        self,
+        policy: DatasetPolicy,
+        client_id: str,
+        workload_id: str,
+        rows: Rows,
+        redactor: Redactor | None = None,
+    ) -> None:
         self.taken = Taken()
         self._policy = policy
         self._client_id, self._workload_id = client_id, workload_id
         self._rows = rows
-        self._redactor = Redactor(policy.redaction) if policy.redaction else None
+        self._redactor = redactor or (Redactor(policy.redaction) if policy.redaction else None)
         self._toolboxes: dict[int, tuple[list[dict[str, Any]], Toolbox]] = {}
 
     def add(self, record: Record | Rejected) -> None:
@@ -202,17 +210,22 @@ class Intake:
         }
         if answer.reasoning is not None:
             reference["reasoning"] = answer.reasoning
+        opening = messages
         if self._redactor is not None:
+            # A later turn may show that a number in an earlier one was a phone's; the conversation's name must not
+            # change with that, so it comes of what all turns begin with.
+            opening, _, _ = self._redactor.redact(_opening(messages), {"text": "", "tool_calls": []})
             messages, reference, found = self._redactor.redact(messages, reference)
             self.taken.redacted.update(found)
         choice = record.tool_choice
         try:
             request = _encode_sorted([messages, toolbox.id if toolbox else None, choice])
         except (TypeError, ValueError, OverflowError):
-            messages, reference, choice = readable(messages), readable(reference), readable(choice)
+            opening, messages = readable(opening), readable(messages)
+            reference, choice = readable(reference), readable(choice)
             request = canonical_bytes([messages, toolbox.id if toolbox else None, choice])
         id = _sha256(request).digest()[:16]
-        conversation = conversation_of(self._client_id, self._workload_id, messages)
+        conversation = conversation_of(self._client_id, self._workload_id, opening)
         calls = reference["tool_calls"]
         whole = answer_digest(reference.get("reasoning"), reference["text"], calls)
         if not calls:
@@ -264,12 +277,27 @@ class Intake:
         )
 
 
+def with_conversation(row: bytes, conversation: str) -> bytes:
+    """A row with another conversation's name in it."""
+    begin = row.index(_CONVERSATION) + len(_CONVERSATION)  # the second of its fields, before anything logged
+    return row[:begin] + conversation.encode() + row[begin + len(conversation) :]
+
+
+def _opening(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages up to the first of a user."""
+    for i, message in enumerate(messages, start=1):
+        if message["role"] == "user":
+            return messages[:i]
+    return messages
+
+
 class _Fault(NamedTuple):
     kind: str
 
 
 _NOT_OFFERED = _Fault("unknown_tool")
 _NO_TOOLS = (NO_TOOL,)
+_CONVERSATION = b'"conversation":"'
 _UNFINISHED = {"length": TRUNCATED, "content_filter": FILTERED, INTERRUPTED: BROKEN_OFF}
 _TOOLBOXES = 4096
 _encode = msgspec.json.Encoder().encode

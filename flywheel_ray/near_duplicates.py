@@ -31,7 +31,7 @@ _SHORT = 100
 _MISSED, _LEAKS_MISSED = 0.005, 1e-6
 """The share of near pairs, and of leaks, that may share no band."""
 
-_REMEMBERED = 32
+_REMEMBERED = 64
 """Kept rows that a bucket remembers: more share a band value only where it comes from boilerplate."""
 _COMPARED = 8
 """Remembered rows that a row is compared with, those sharing the most bands first."""
@@ -310,10 +310,13 @@ def resolve(
     """Which kept row each row repeats: walk the rows in order, drop each that is near one already kept.
 
     Every dropped row is near the kept row it is said to repeat, which is of the same group and earlier in the order;
-    nothing is dropped for being near a dropped row. A row that is near some earlier kept row is dropped, unless LSH
-    misses it: when they share no band (see `NearDuplicates.layout`), when every bucket they share (the rows with one
-    value of a band) had 32 other kept rows before, or when 8 other kept rows share more bands with it. The last two
-    take thousands of rows built from one template; they bound the time to 8 comparisons a row.
+    nothing is dropped for being near a dropped row. What becomes of a row does not depend on the rows after it, nor
+    on how the input is arranged.
+
+    A row that is near an earlier kept row is dropped, unless LSH misses that row: when they share no band (see
+    `NearDuplicates.layout`), when each bucket they share (all rows with one value of a band) had more than 64 kept
+    rows and has forgotten it, or when 8 other kept rows share more bands. The last two take thousands of rows made
+    from one template; they bound the work to 8 comparisons a row.
 
     Args:
         bands: (n, bands) from `sketch`. Overwritten: at a million rows a copy would cost 172 MB.
@@ -382,15 +385,16 @@ def leaks(
                 near = _first_near(place, others, sets, strict)
                 if near is not None:
                     found.append((rows[place], rows[near]))
-        for place in places:
-            buckets.remember(place)
+        if side < side_of[-1]:
+            for place in places:
+                buckets.remember(place)
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
 class _Buckets:
-    """The rows that share a band value with others, and the first kept rows that each such bucket was told of.
+    """For each band value that several rows share, its bucket: the kept ones among those rows, as far as remembered.
 
-    Rows go by their place in the order. A bucket is a piece of one array: how many it remembers, then which.
+    Rows go by their place in the order. A bucket is a piece of one array: how many were kept, then which.
     """
 
     def __init__(self, bands: NDArray[np.uint32], rows: Rows) -> None:

@@ -18,12 +18,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+from flywheel_ray import presidio
 from flywheel_ray.builds import assemble, build
 from flywheel_ray.config import Places
 from flywheel_ray.datasets import DatasetPolicy, Manifest
 from flywheel_ray.errors import ConfigError, DatasetError, FlywheelError
 from flywheel_ray.intake import Intake, Taken
 from flywheel_ray.records import Record
+from flywheel_ray.redaction import Redactor
 from flywheel_ray.services import LogPart, LogQuery, LogStore
 from flywheel_ray.spill import DiskRows, scratch
 from flywheel_ray.stores import open_store
@@ -89,7 +91,8 @@ def prepare(
                 dataset = assemble(taken, rows, policy, **about)
             else:
                 records = _watched(store.scan(query), total, on_progress)
-                dataset = build(records, policy, rows=DiskRows(folder / "part-0"), **about)
+                rows_on_disk = DiskRows(folder / "part-0")
+                dataset = build(records, policy, rows=rows_on_disk, redactor=_redactor(policy), **about)
             return dataset.save(out)
 
 
@@ -106,6 +109,10 @@ def latest_like(datasets: Path, query: LogQuery, policy: DatasetPolicy) -> Manif
         if same and manifest.policy.split == policy.split:
             found.append((manifest.sides.settled_until or 0.0, written, manifest))
     return max(found, key=lambda item: item[:2])[2] if found else None
+
+
+def _redactor(policy: DatasetPolicy) -> Redactor | None:
+    return presidio.redactor(policy.redaction) if policy.redaction else None
 
 
 def _watched(records: Iterator[Record], total: int, on_progress: OnProgress) -> Iterator[Record]:
@@ -167,7 +174,8 @@ class _Take:
     def _take(self, item: dict[str, Any]) -> tuple[Taken, DiskRows]:
         rows = DiskRows(self._folder / f"part-{item['part']}")
         assert self._query.client_id is not None and self._query.workload_id is not None
-        intake = Intake(self._policy, self._query.client_id, self._query.workload_id, rows)
+        client_id, workload_id = self._query.client_id, self._query.workload_id
+        intake = Intake(self._policy, client_id, workload_id, rows, _redactor(self._policy))
         with closing(open_store(self._store_url, create=False)) as store:
             for record in store.read(LogPart.model_validate_json(item["state"])):
                 intake.add(record)

@@ -16,7 +16,7 @@ PURE = ["errors", "values", "records", "toolbox", "redaction", "near_duplicates"
         "intake", "builds", "shots", "candidates", "scoring", "judge", "stats", "results", "leaderboard",
         "rollout"]  # fmt: skip
 SEAMS = ["services", "config", "trial"]
-IO = ["stores", "spill", "chat", "platforms", "ledger"]
+IO = ["stores", "spill", "presidio", "chat", "platforms", "ledger"]
 RAY_AND_FACES = ["progress", "preparation", "sweep", "plots", "report", "analysis", "console", "cli_data", "cli"]
 LAYERS = [PURE, SEAMS, IO, RAY_AND_FACES]
 FORBIDDEN_IN_PURE = {"ray", "httpx", "requests", "socket", "time", "random", "torch", "os", "sqlite3", "subprocess"}

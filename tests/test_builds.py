@@ -248,6 +248,29 @@ def test_redaction_is_of_the_policy_and_counted() -> None:
     assert dataset.fingerprint != built(asked, policy(eval_fraction=1, validation_fraction=0)).fingerprint
 
 
+def test_redaction_keeps_conversations_whole() -> None:
+    """A later turn may show that a number is a phone's, and redact it where the turn before could not."""
+    everything = policy(eval_fraction=1, validation_fraction=0, redaction=Redaction())
+    phone = {"type": "function", "function": {"name": "call_back"}}
+
+    def turns(number: str, at: float) -> list[Record]:
+        asked = {"role": "user", "content": f"The one that ends so: {number}"}
+        more = [asked, {"role": "assistant", "content": "Who are you?"}, {"role": "user", "content": "A customer"}]
+        first = record("", at, {"content": "Who are you?"}, {"messages": [asked], "tools": [phone]})
+        answer = called(json.dumps({"phone": number}), "call_back")
+        return [first, record("", at, answer, {"messages": more, "tools": [phone]})]
+
+    one, other = turns("4124745", 1), turns("4184746", 2)
+    dataset = built(one, everything)
+    assert len(dataset.eval) == 2 and dataset.manifest.conversations.eval == 1
+    assert sum("4124745" in json.dumps(e.messages) for e in dataset.eval) == 1
+    both = built([*other, *one], everything)  # the second turns are equal now, and belong where the first was
+    assert both.manifest.excluded == {"duplicate request": 1}
+    (second,) = (e for e in both.eval if len(e.messages) == 3)
+    assert second.conversation == dataset.eval[0].conversation
+    validate(both)
+
+
 NEAR = policy(near_duplicates=NearDuplicates())
 QUESTIONS = [
     "where is my new card",

@@ -406,6 +406,34 @@ def test_a_spool_under_two_threads_loses_and_repeats_nothing(tmp_path: Path) -> 
     spool.close()
 
 
+TORN_WRITE = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from serve.spool import Spool
+
+spool = Spool(Path(sys.argv[2]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 100_000))
+kept, failed = [], 0
+for i in range(50):
+    line = b"line %d of some length\\n" % i
+    try:
+        assert spool.write([line]) == 1
+        kept.append(line)
+    except OSError:
+        failed += 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # room again
+assert failed == 1
+found = spool.read(100)
+assert found.lines == kept, found.lines
+"""
+
+
+def test_a_line_that_a_full_disk_cuts_off_is_not_kept(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", TORN_WRITE, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_segments_that_someone_deletes_are_forgotten(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.write([b"gone\n"])

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from experiments.benchmarks import store_faults
 from flywheel_ray.errors import ConfigError, StoreError, StoreUnavailable
 from flywheel_ray.records import to_hit, to_json_line
 from flywheel_ray.services import Appended, LogQuery
@@ -245,6 +246,12 @@ class TestFaults:
             proxy.heal()
             assert far.append([record(1)]) == Appended(added=1, duplicates=0)
 
+    def test_patience_is_with_a_server_that_gets_on(self, store: ElasticsearchStore, proxy: FaultProxy) -> None:
+        with closing(open_store(f"{proxy.url}/{store.index}", patience_s=0.5)) as far:
+            proxy.fault("items_429", "/_bulk", times=6)  # a third is left each time
+            assert far.append([record(n) for n in range(900)]).added == 900
+            assert proxy.counts["items_429"] == 6
+
     def test_larger_than_the_server_takes(self, far: ElasticsearchStore, proxy: FaultProxy) -> None:
         proxy.max_body = 100_000
         small, large = [record(n, "x" * 500) for n in range(300)], record(1, "y" * 200_000)
@@ -366,6 +373,17 @@ def test_a_server_that_is_restarted_keeps_records_and_loses_points_in_time(tmp_p
             list(scan)
         assert store.append([record(n) for n in range(600)]) == Appended(added=100, duplicates=500)
         assert len(scanned(store)) == 600
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NoidaDb.program() is None, reason="needs noida-db")
+def test_the_fault_benchmark_loses_nothing(tmp_path: Path) -> None:
+    rows = {row.phase: row for row in store_faults.run(tmp_path, 2000, seed=4, rate=0.2)}
+    assert list(rows) == ["ingest", "export", "gateway log"]
+    for row in rows.values():
+        assert (row.lost, row.twice) == (0, 0), row
+        assert row.faults and row.restarts >= 1
+    assert rows["ingest"].pauses == 2 and rows["export"].pauses == 1
 
 
 # ── access ──────────────────────────────────────────────────────────────────

@@ -61,7 +61,7 @@ _CHUNK = 500
 _PAGE_ROWS = 500
 _PAGE_BYTES = 8 << 20
 _PART_ROWS = 200  # sharing fewer costs more than reading them
-_PURGE_ROWS, _PURGE_PAUSE_S = 2000, 0.01
+_PURGE_ROWS = 2000
 
 
 class SqliteStore:
@@ -196,7 +196,6 @@ class SqliteStore:
                 deleted += done
                 if done < _PURGE_ROWS:
                     return deleted
-                time.sleep(_PURGE_PAUSE_S)  # waiting writers look for their chance every now and then only
 
     def count(self, query: LogQuery) -> int:
         """How many records match."""
