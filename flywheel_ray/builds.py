@@ -365,7 +365,6 @@ def _near_text(line: bytes) -> _NearText:
 
 class _Row(msgspec.Struct):
     id: str
-    timestamp: float
     messages: list[dict[str, Any]]
     reference: dict[str, Any]
 
@@ -374,27 +373,31 @@ class _NearRows:
     """Rows as near-duplicates see them.
 
     Args:
+        count: number of rows.
         lines: reads the rows of some indices, ascending, or of all where None is given.
-        early: indices of the first rows by time, ascending: a sample of what all requests repeat.
+        sample: indices of rows, ascending, that show what all requests repeat.
     """
 
     def __init__(
         self,
+        count: int,
         lines: Callable[[NDArray[np.int64] | None], Iterator[bytes]],
-        early: NDArray[np.int64],
+        sample: NDArray[np.int64],
         policy: NearDuplicates,
     ) -> None:
-        self.lines, self._policy = lines, policy
-        self._common = boilerplate([_near_text(line).text for line in lines(early)], policy)
+        self.lines, self._count, self._policy = lines, count, policy
+        self._common = boilerplate([_near_text(line).text for line in lines(sample)], policy)
 
     def sketches(self, seed: int) -> NDArray[np.uint32]:
         """The LSH band hashes of all rows, (rows, bands)."""
-        batches: list[NDArray[np.uint32]] = []
-        rows = self.lines(None)
+        bands, _ = self._policy.layout
+        sketches = np.empty((self._count, bands), dtype=np.uint32)
+        rows, begin = self.lines(None), 0
         while batch := [_near_text(line) for line in islice(rows, _SKETCH_BATCH)]:
             texts, groups = zip(*batch, strict=True)
-            batches.append(sketch(texts, groups, self._policy, seed, self._common))
-        return np.concatenate(batches)
+            sketches[begin : begin + len(batch)] = sketch(texts, groups, self._policy, seed, self._common)
+            begin += len(batch)
+        return sketches
 
     def shingles_of(self, rows: NDArray[np.int64]) -> Shingles:
         """The shingles of some rows, in the order asked for."""
@@ -409,12 +412,12 @@ def _without_near(
 ) -> tuple[_Kept, LeakCheck]:
     """Drop what is nearly the same as a row before it, evaluation rows first, and check by other hash functions."""
 
-    def rows_of(some: _Kept) -> _NearRows:
-        early = np.sort(np.lexsort((some.at, some.first_seen))[:_EARLY])
-        return _NearRows(lambda i: reader.lines(some.at if i is None else some.at[i]), early, policy)
+    def rows_of(some: _Kept, sample: NDArray[np.int64]) -> _NearRows:
+        return _NearRows(len(some.at), lambda i: reader.lines(some.at if i is None else some.at[i]), sample, policy)
 
     rank = _RANK[kept.side]
-    rows = rows_of(kept)
+    # The first by time, so that what is dropped stays dropped as logs grow.
+    rows = rows_of(kept, np.sort(np.lexsort((np.arange(len(rank)), kept.first_seen))[:_SAMPLE]))
     order = np.empty(len(rank), dtype=np.int64)
     order[np.lexsort((np.arange(len(rank)), kept.first_seen, rank))] = np.arange(len(rank))
     of = resolve(rows.sketches(seed=0), order, rows.shingles_of, policy)
@@ -423,10 +426,10 @@ def _without_near(
         _count(excluded, NEAR_EVAL, np.count_nonzero(~own & (rank[of] == 0) & (rank > 0)))
         _count(excluded, NEAR, np.count_nonzero(~own & ~((rank[of] == 0) & (rank > 0))))
         kept, rank = _Kept(*(column[own] for column in kept)), rank[own]
-        rows = rows_of(kept)
+        rows = rows_of(kept, np.arange(min(_SAMPLE, len(rank))))  # the first by id, as `near_leaks` takes them
         found = leaks(rows.sketches(seed), rank, rows.shingles_of, policy)
         if not len(found):
-            return kept, LeakCheck(near_duplicates="none", near_threshold=policy.leak.threshold)
+            return kept, LeakCheck(near_duplicates="none")
         # What the search missed by chance goes the same way, and the check begins anew.
         of = np.arange(len(rank))
         of[found[:, 0]] = found[:, 1]
@@ -454,8 +457,8 @@ def near_leaks(dataset: Dataset) -> None:
                 yield line
                 at = next(wanted, -1)
 
-    times = np.array([_decode_near(line).timestamp for line in lines(None)])
-    rows = _NearRows(lines, np.sort(np.argsort(times, kind="stable")[:_EARLY]), policy)
+    ids = np.array([_decode_near(line).id for line in lines(None)])
+    rows = _NearRows(sum(counts), lines, np.sort(np.argsort(ids)[:_SAMPLE]), policy)
     found = leaks(
         rows.sketches(seed=_CHECKS + 1), _RANK[np.repeat(np.arange(len(SPLITS)), counts)], rows.shingles_of, policy
     )
@@ -465,9 +468,10 @@ def near_leaks(dataset: Dataset) -> None:
 
 def _leak(found: NDArray[np.int64], rows: _NearRows, policy: NearDuplicates) -> DatasetError:
     first, second = (_decode_near(line).id for line in rows.lines(np.unique(found[0])))
+    leak = policy.leak
     return DatasetError(
-        f"{len(found)} rows nearly repeat one on another side (similarity {policy.leak.threshold:g} or more), such as "
-        f"{first} and {second}. Build again with a lower near_duplicates.threshold."
+        f"{len(found)} rows nearly repeat one on another side (similarity {leak.threshold:g} or more, for short texts "
+        f"{leak.short_threshold:g}), such as {first} and {second}. Build again with a lower near_duplicates.threshold."
     )
 
 
@@ -529,7 +533,7 @@ def _nothing(client_id: str, workload_id: str, scanned: int, excluded: Mapping[s
 
 _SYSTEM = ("system", "developer")
 _SKETCH_BATCH = 10_000
-_EARLY = 1_000
+_SAMPLE = 1_000
 _CHECKS = 5
 _RANK = np.array([SPLITS[::-1].index(name) for name in SPLITS], dtype=np.int8)
 """Index into `SPLITS` → which side goes before the others: evaluation, then validation, then training."""

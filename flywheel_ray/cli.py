@@ -278,12 +278,19 @@ def serve(
     config: Annotated[Path, typer.Argument(metavar="ROLLOUT.yaml", help="A rollout configuration.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    spool: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on a local disk where exchanges wait while the log store is away.", show_default="RUNS/spool"
+        ),
+    ] = None,
     store: StoreOption = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Start the gateway: an OpenAI-compatible endpoint before the teacher, with shadows and A/B arms beside it.
 
     Students named `best` or by a trial's key are taken from the ledger. Ctrl-C stops it after writing the last logs.
+    What the log store has not taken by then waits in the spool for the next gateway.
     """
     places = places_of(runs, store)
     rollout = load(config, Rollout)
@@ -291,7 +298,9 @@ def serve(
     with opened(places, create=True):
         pass  # a store that cannot be opened is said here, before anything starts
     # Ray Serve apps are named by import path, so that nothing in the package depends on one.
-    importlib.import_module("serve.app").run(rollout, places.store, students, host=host, port=port)
+    importlib.import_module("serve.app").run(
+        rollout, places.store, students, host=host, port=port, spool=spool or places.runs / "spool"
+    )
 
 
 def _student(rollout: Rollout, arm: Arm, places: Places) -> Any:

@@ -266,7 +266,8 @@ def _remarks(manifest: Manifest) -> list[str]:
     lines += [f"no rows in {side}: {tool}" for tool, side in manifest.uncovered.items()]
     check = manifest.leak_check
     near = f"near-duplicates {check.near_duplicates}"
-    near += f" (similarity {check.near_threshold:g} or more)" if check.near_threshold is not None else ""
+    if check.near_duplicates == "none" and (searched := manifest.policy.near_duplicates):
+        near += f" (similarity {searched.leak.threshold:g} or more, of short texts {searched.leak.short_threshold:g})"
     lines.append(f"leaks between sides: requests {check.requests}, conversations {check.conversations}, {near}")
     if manifest.previous:
         lines.append(f"continues dataset {manifest.previous}")

@@ -93,9 +93,7 @@ class LeakCheck(Value):
     requests: Literal["none"] = "none"
     conversations: Literal["none"] = "none"
     near_duplicates: Literal["none", "not checked"]
-    near_threshold: float | None = None
-    """Similarity from which two rows on different sides are a leak, above that of the deduplication; less for short
-    texts (see `NearDuplicates.leak`)."""
+    """Of a similarity as `policy.near_duplicates.leak` says, above that of the deduplication."""
 
 
 class Manifest(Value):

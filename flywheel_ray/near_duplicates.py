@@ -62,7 +62,9 @@ class NearDuplicates(Value):
     @model_validator(mode="after")
     def _ask_no_more_of_short_texts(self) -> NearDuplicates:
         if not self.short_threshold <= self.threshold:
-            raise ValueError(f"short_threshold {self.short_threshold:g} is above threshold {self.threshold:g}")
+            raise ValueError(
+                f"short_threshold {self.short_threshold:g} is above threshold {self.threshold:g}. Lower it as well."
+            )
         return self
 
     def near(self, common: int, union: int) -> bool:
@@ -105,6 +107,7 @@ class Shingles(NamedTuple):
 # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _OTHER_DIGITS = re.compile(r"[^\D0-9]")
+_WITHIN_NUMBER = re.compile(r"[-,](?<=[0-9].)(?=[0-9]{3})")
 _MARK = "\0"
 # The mark comes first, so that the search skips to it; the look-behind reaches over it.
 _MARK_IN_WORD = re.compile(rf"{_MARK}(?<=[^\W\d]{_MARK})(?=[^\W\d])")
@@ -123,16 +126,17 @@ _ASCII = {code: _replacement(chr(code)) for code in range(128)}
 def normalised(text: str) -> str:
     """The text as it is compared: case and compatibility forms folded, no punctuation, single spaces, ASCII digits.
 
-    A punctuation mark between two letters goes ("can't" is "cant"), any other becomes a space ("1.5" is "1 5").
-    Symbols (currency, mathematics, emoji) stay, and so does punctuation where there is nothing else.
+    A punctuation mark between two letters goes ("can't" is "cant"), and so does a hyphen or comma that groups the
+    digits of a number ("1,000", "555-0123"); any other becomes a space ("1.5" is "1 5", "3-4" is "3 4"). Symbols
+    (currency, mathematics, emoji) stay, and so does punctuation where there is nothing else.
     """
     if text.isascii():
-        folded = text.lower()
+        folded = _WITHIN_NUMBER.sub("", text.lower())
         marked = folded.translate(_ASCII)
     else:
         folded = unicodedata.normalize("NFKC", text).casefold()
         folded = _OTHER_DIGITS.sub(lambda digit: str(unicodedata.decimal(digit[0])), folded)
-        marked = folded
+        marked = folded = _WITHIN_NUMBER.sub("", folded)
         for character in set(folded):
             marked = marked.replace(character, _replacement(character))
     bare = _MARK_IN_WORD.sub("", marked).replace(_MARK, " ")

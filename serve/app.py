@@ -29,6 +29,7 @@ from flywheel_ray.errors import GatewayError, StoreUnavailable
 from flywheel_ray.rollout import Rollout, StudentTarget, UrlTarget
 from flywheel_ray.stores import open_store
 from serve import gateway, student
+from serve.log_writer import spool_of
 from serve.student import StudentSpec
 
 APP = "flywheel-gateway"
@@ -42,13 +43,14 @@ def run(
     port: int = 8000,
     ray_address: str | None = None,
     replicas: int = 1,
+    spool: Path | None = None,
 ) -> None:
     """Deploy, print the URLs, and serve until Ctrl-C or SIGTERM; see `deployed`."""
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in signals]
     try:
-        with deployed(rollout, store_url, students, host, port, ray_address, replicas) as urls:
+        with deployed(rollout, store_url, students, host, port, ray_address, replicas, spool) as urls:
             for number in signals:  # only now: Ray installs handlers of its own, and its SIGTERM aborts
                 signal.signal(number, lambda *_: stop.set())
             for name, url in urls.items():
@@ -70,6 +72,7 @@ def deployed(
     port: int = 8000,
     ray_address: str | None = None,
     replicas: int = 1,
+    spool: Path | None = None,
 ) -> Iterator[dict[str, str]]:
     """A rollout that serves while the context is open; yields URLs by name: "gateway", "status" and each student.
 
@@ -80,6 +83,8 @@ def deployed(
         host, port: where Ray Serve listens for HTTP; must be its own where it runs in that cluster already.
         ray_address: a Ray cluster; None takes RAY_ADDRESS, else starts one on this machine and stops it at the end.
         replicas: copies of the gateway.
+        spool: folder where completions wait while the log store is away, on a disk of each node; None lets them wait in
+            memory. Each store has a folder of its own in it.
 
     Raises:
         GatewayError: the rollout cannot be served as it is; nothing was started, or everything was stopped again.
@@ -109,7 +114,9 @@ def deployed(
             _deploy(student.build(name, spec), f"student-{name}", f"/students/{name}", apps)
             urls[name] = f"{base}/students/{name}/v1"
             targets[name] = UrlTarget(url=urls[name])
-        _deploy(gateway.build(rollout, _absolute(store_url), targets, replicas), APP, "/", apps)
+        logged_to = _absolute(store_url)
+        waiting = spool_of(logged_to, spool.expanduser().absolute()) if spool is not None else None
+        _deploy(gateway.build(rollout, logged_to, targets, replicas, waiting), APP, "/", apps)
         _probe(base)
         yield urls
     finally:

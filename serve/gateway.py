@@ -17,6 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -45,12 +46,15 @@ _NOT_RETURNED = _HOP | frozenset(("content-length", "content-encoding", "date", 
 class Gateway:
     """One replica. Built inside a running event loop; `__call__` answers one HTTP request."""
 
-    def __init__(self, rollout: Rollout, store_url: str, targets: Mapping[str, UrlTarget]) -> None:
+    def __init__(
+        self, rollout: Rollout, store_url: str, targets: Mapping[str, UrlTarget], spool: Path | None = None
+    ) -> None:
         """
         Args:
             rollout: who gets what.
             store_url: where completions are logged.
             targets: where each arm answers, by arm name.
+            spool: folder where they wait for the store; None lets them wait in memory, which an outage may overflow.
 
         Raises:
             StoreError, ChatError: the store cannot be used, or an API key is not in the environment.
@@ -63,7 +67,7 @@ class Gateway:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.0),
         )
         self._arms = {arm.name: ArmClient(arm, targets[arm.name]) for arm in rollout.arms}
-        self._log = LogWriter(store_url)
+        self._log = LogWriter(store_url, spool=spool)
         self._lanes = {arm.name: self._lane(arm) for arm in rollout.arms if arm.shadow > 0}
 
     async def __call__(self, request: Request) -> Response:
@@ -281,7 +285,11 @@ class _GatewayReplica(Gateway):
 
 
 def build(
-    rollout: Rollout, store_url: str, targets: Mapping[str, UrlTarget] | None = None, replicas: int = 1
+    rollout: Rollout,
+    store_url: str,
+    targets: Mapping[str, UrlTarget] | None = None,
+    replicas: int = 1,
+    spool: Path | None = None,
 ) -> serve.Application:
     """The gateway as a Ray Serve application for route prefix "/".
 
@@ -290,6 +298,7 @@ def build(
         store_url: where completions are logged; every replica opens it.
         targets: where the arms that we host answer, by arm name; arms with a URL of their own need none.
         replicas: copies of the gateway. All assign alike; each has queues, connections and counters of its own.
+        spool: folder where completions wait for the store, on a disk of each node; None lets them wait in memory.
 
     Raises:
         KeyError: an arm has neither a URL of its own nor a target.
@@ -305,7 +314,7 @@ def build(
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )(_GatewayReplica)
-    return deployment.bind(rollout, store_url, where)
+    return deployment.bind(rollout, store_url, where, spool)
 
 
 def _teacher_answer(status: int, payload: bytes, latency_s: float) -> Answer:

@@ -14,6 +14,7 @@ path.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import queue
@@ -36,13 +37,15 @@ REFUSED = "refused.jsonl"
 Hit = dict[str, Any]
 
 
-def spool_beside(store_url: str) -> Path | None:
-    """Where to spool for a store that is a file: a folder beside it. None for a store on a server."""
-    scheme, found, rest = store_url.partition("://")
-    if found and scheme != "sqlite":
-        return None
-    path = Path(rest[1:] if found else store_url).expanduser()
-    return path.with_name(f"{path.name}.spool")
+def spool_of(store_url: str, folder: Path) -> Path:
+    """Where in a folder to spool for a store, so that what waits for one never reaches another.
+
+    A user and password in the URL do not count.
+    """
+    scheme, found, rest = store_url.rpartition("://")
+    host, slash, path = rest.partition("/")
+    address = f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"
+    return folder / f"{Path(rest).stem}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
 
 
 class LogWriter:

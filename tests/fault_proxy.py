@@ -38,9 +38,9 @@ KINDS = (
     "stall_before",  # the server sees the request after `stall_s` only
     "stall_after",  # the server's answer takes `stall_s`
     "truncated",  # the answer ends in the middle
-    "items_429",  # some of a bulk's items are refused, as a busy server does; other requests get a plain 429
-    "shards_failed",  # a search or count of some shards only; other requests pass
-    "timed_out",  # a search that ran out of time; other requests pass
+    "items_429",  # some of a bulk's items are refused, as a busy server does; other requests get 429
+    "shards_failed",  # a search or count of some shards only; other requests get 503
+    "timed_out",  # a search that ran out of time; other requests get 503
 )
 """What can go wrong. `other_items`, an answer of fewer items than were sent, only by plan: it is no passing fault."""
 
@@ -148,15 +148,24 @@ class FaultProxy:
     def choose(self, path: str) -> str | None:
         """What happens to a request."""
         with self._lock:
-            for planned in self._planned:
-                if planned.times > 0 and planned.path in path:
-                    planned.times -= 1
-                    self.counts[planned.kind] += 1
-                    return planned.kind
-            if self.rate and self._random.random() < self.rate:
-                kind = self._random.choice(self.kinds)
+            kind = self._choose(path)
+            if kind == "items_429" and "/_bulk" not in path:
+                kind = "429"
+            elif (kind == "timed_out" and "/_search" not in path) or (
+                kind == "shards_failed" and "/_search" not in path and "/_count" not in path
+            ):
+                kind = "503"
+            if kind is not None:
                 self.counts[kind] += 1
-                return kind
+            return kind
+
+    def _choose(self, path: str) -> str | None:
+        for planned in self._planned:
+            if planned.times > 0 and planned.path in path:
+                planned.times -= 1
+                return planned.kind
+        if self.rate and self._random.random() < self.rate:
+            return self._random.choice(self.kinds)
         return None
 
     def refused(self, number: int) -> set[int]:
@@ -192,8 +201,6 @@ class _Handler(BaseHTTPRequestHandler):
         if proxy.max_body is not None and len(body) > proxy.max_body:
             return self._refuse("413", body)
         kind = proxy.choose(self.path)
-        if kind == "items_429" and "/_bulk" not in self.path:
-            kind = "429"
         if kind == "reset_before":
             return self._reset(body)
         if kind is not None and kind[:3].isdigit():

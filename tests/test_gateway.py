@@ -25,9 +25,10 @@ from flywheel_ray.rollout import Rollout, UrlTarget, assign, report, unit_of
 from flywheel_ray.services import LogQuery, Unanswered
 from flywheel_ray.stores import open_store
 from serve import app, student
-from serve.gateway import Gateway
+from serve.gateway import METRICS, Gateway
 from serve.log_writer import LogWriter
 from serve.student import StudentSpec
+from tests.elastic import NoidaDb
 from tests.servers import free_port
 from tests.upstream import TOOL, Upstream, running
 
@@ -48,14 +49,15 @@ def rollout(teacher: str, arms: dict[str, dict[str, Any]], **more: Any) -> Rollo
 class _InProcess:
     """The gateway as an ASGI app, built in the server's event loop."""
 
-    def __init__(self, config: Rollout, store: str) -> None:
-        self.config, self.store = config, store
+    def __init__(self, config: Rollout, store: str, spool: Path) -> None:
+        self.config, self.store, self.spool = config, store, spool
         self.gateway: Gateway
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await receive()
-            self.gateway = Gateway(self.config, self.store, {a.name: a.target for a in self.config.arms})
+            targets = {arm.name: arm.target for arm in self.config.arms}
+            self.gateway = Gateway(self.config, self.store, targets, self.spool)
             await send({"type": "lifespan.startup.complete"})
             await receive()
             await self.gateway.close()
@@ -68,7 +70,7 @@ class Setup:
     """A teacher, an arm, and how to put a gateway before them."""
 
     def __init__(self, teacher: tuple[str, Upstream], arm: tuple[str, Upstream], folder: Path) -> None:
-        self.store = str(folder / "logs.db")
+        self.store, self.spool = str(folder / "logs.db"), folder / "spool"
         (self.teacher_url, self.teacher), (self.arm_url, self.arm) = teacher, arm
 
     @contextlib.contextmanager
@@ -77,7 +79,10 @@ class Setup:
         if teacher:
             config = Rollout.model_validate({**config.model_dump(), "teacher": {"url": self.teacher_url, **teacher}})
         self.config = config
-        with running(_InProcess(config, self.store), lifespan="on") as (url, _), httpx.Client(base_url=url) as client:
+        with (
+            running(_InProcess(config, self.store, self.spool), lifespan="on") as (url, _),
+            httpx.Client(base_url=url) as client,
+        ):
             self.url = url
             yield client
 
@@ -101,6 +106,10 @@ def setup(servers: list[tuple[str, Upstream]], tmp_path: Path) -> Setup:
 
 def ask(client: httpx.Client, **body: Any) -> httpx.Response:
     return client.post("/chat/completions", json={"model": "m", "messages": MESSAGES, "tools": [TOOL], **body})
+
+
+def logged(setup: Setup) -> dict[str, Any]:
+    return httpx.get(setup.url.removesuffix("/v1") + METRICS).json()["log"]
 
 
 def until(condition: Any, seconds: float = 10) -> None:
@@ -128,6 +137,27 @@ def test_the_body_reaches_the_teacher_byte_by_byte_and_the_answer_comes_back(set
     assert (record.served_by, record.rollout, record.arm, record.shadow) == (TEACHER, "r", None, False)
     assert record.request["x_unknown"] == [1.0, {"a": None}]
     assert record.completion.latency_s > 0 and record.completion.completion_tokens == 3
+
+
+@pytest.mark.skipif(NoidaDb.program() is None, reason="needs noida-db")
+def test_an_outage_of_elasticsearch_delays_nobody_and_loses_nothing(setup, tmp_path):
+    """The server goes while requests are answered, one gateway shuts down meanwhile, and the next one replays."""
+    with NoidaDb(tmp_path / "noida") as server:
+        setup.store = f"{server.url}/logs"
+        with setup.gateway() as client:
+            served = [ask(client).headers["x-flywheel-exchange-id"] for _ in range(5)]
+            until(lambda: logged(setup)["written"] == 5)
+            server.stop()
+            started = time.monotonic()
+            served += [ask(client).headers["x-flywheel-exchange-id"] for _ in range(40)]
+            assert time.monotonic() - started < 5
+            until(lambda: logged(setup)["queued"] == 0)
+            assert logged(setup)["spooled_bytes"] > 0
+        with setup.gateway() as client:
+            served += [ask(client).headers["x-flywheel-exchange-id"] for _ in range(5)]
+            server.start()
+            until(lambda: logged(setup)["spooled_bytes"] == 0)
+        assert sorted(r.exchange_id for r in setup.records()) == sorted(served)
 
 
 def test_the_configured_model_and_key_replace_the_clients(setup, monkeypatch):
@@ -475,7 +505,7 @@ def test_a_hanging_arm_disturbs_nobody_and_every_copy_is_accounted_for(setup, se
     setup.arm.mode = "hang"
     arm = {"url": setup.arm_url, "shadow": 1.0, "timeout_s": 1, "queue": 16, "workers": 4}
     config = rollout(setup.teacher_url, {"student": arm})
-    with app.deployed(config, setup.store, port=serve_port) as urls:
+    with app.deployed(config, setup.store, port=serve_port, spool=setup.spool) as urls:
         client = openai.OpenAI(base_url=urls["gateway"], api_key="k", max_retries=0)
 
         def one(i: int) -> float:

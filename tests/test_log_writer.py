@@ -20,7 +20,7 @@ from flywheel_ray.records import Record, from_hit
 from flywheel_ray.services import Appended, LogQuery, Refused
 from flywheel_ray.stores import open_store
 from flywheel_ray.stores.ingest import ingest, read_lines
-from serve.log_writer import REFUSED, LogWriter, spool_beside
+from serve.log_writer import REFUSED, LogWriter, spool_of
 from serve.spool import Spool
 from tests.elastic import NoidaDb
 from tests.fault_proxy import FaultProxy
@@ -446,11 +446,12 @@ def test_segments_that_someone_deletes_are_forgotten(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_where_a_store_spools(tmp_path: Path) -> None:
-    assert spool_beside("runs/logs.sqlite") == Path("runs/logs.sqlite.spool")
-    assert spool_beside("sqlite:////data/logs.db") == Path("/data/logs.db.spool")
-    assert spool_beside("sqlite:///logs.db") == Path("logs.db.spool")
-    assert spool_beside("https://me:secret@elastic:9200/logs") is None
+def test_each_store_has_a_spool_of_its_own(tmp_path: Path) -> None:
+    urls = ["/data/logs.db", "/old/logs.db", "https://elastic:9200/logs", "https://elastic:9200/logs-2"]
+    folders = [spool_of(url, tmp_path) for url in urls]
+    assert len(set(folders)) == 4 and {folder.parent for folder in folders} == {tmp_path}
+    assert folders[0].name.startswith("logs-")
+    assert spool_of("https://me:secret@elastic:9200/logs", tmp_path) == folders[2]
 
 
 def test_a_hit_on_disk_is_the_record_it_was() -> None:

@@ -252,12 +252,16 @@ class TestFaults:
             assert far.append([record(n) for n in range(900)]).added == 900
             assert proxy.counts["items_429"] == 6
 
-    def test_larger_than_the_server_takes(self, far: ElasticsearchStore, proxy: FaultProxy) -> None:
-        proxy.max_body = 100_000
+    @pytest.mark.parametrize("max_body", [20_000, 100_000])
+    def test_larger_than_the_server_takes(self, far: ElasticsearchStore, proxy: FaultProxy, max_body: int) -> None:
+        proxy.max_body = max_body
         small, large = [record(n, "x" * 500) for n in range(300)], record(1, "y" * 200_000)
         done = far.append([*small[:150], large, *small[150:]])
         assert (done.added, [r.id for r in done.refused]) == (300, [large.id])
         assert done.refused[0].reason == "larger than the server takes"
+        proxy.requests.clear()
+        far.append([record(n, "z" * 500) for n in range(300)])
+        assert all(size for _, path, size, _ in proxy.requests if "/_bulk" in path)  # the limit is known by now
 
     def test_an_answer_for_other_records_is_an_error(self, far: ElasticsearchStore, proxy: FaultProxy) -> None:
         proxy.fault("other_items", "/_bulk")

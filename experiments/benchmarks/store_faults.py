@@ -58,11 +58,9 @@ class Row:
     note: str
 
     def __str__(self) -> str:
-        faults = ", ".join(f"{n} {kind}" for kind, n in sorted(self.faults.items())) or "none"
         return (
             f"| {self.phase} | {self.records:,} | {self.seconds:.0f} | {self.requests:,} | {self.faults.total()} | "
-            f"{self.restarts} / {self.pauses} | {self.lost} | {self.twice} | {self.note} |\n"
-            f"  faults: {faults}"
+            f"{self.restarts} / {self.pauses} | {self.lost} | {self.twice} | {self.note} |"
         )
 
 
@@ -79,6 +77,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print(row)
+    faults = sum((row.faults for row in rows), Counter[str]())
+    print(f"\nfaults: {', '.join(f'{number} {kind}' for kind, number in sorted(faults.items()))}")
     if any(row.lost or row.twice for row in rows):
         sys.exit("records were lost or are there twice")
 

@@ -15,8 +15,8 @@ Access is by `user:password@` in the URL, else by the environment:
     FLYWHEEL_ES_CA_CERT                             file with the certificate authority of an https server
     FLYWHEEL_ES_VERIFY=false                        take any certificate: for trying out
 
-It needs the index privileges `view_index_metadata`, `read` and `maintenance` to read (without `maintenance`, what was
-appended in the last second may be missing), `create_doc` to append, `delete` to purge, and to make the index
+It needs the index privileges `view_index_metadata`, `read` and `maintenance` (without the last, what was appended a
+second ago may not be read yet), `create_doc` as well to append, `delete` as well to purge, and to make the index
 `create_index` and the cluster's `manage_index_templates` (without it, indices of a rollover get no mapping of ours).
 """
 
@@ -124,7 +124,8 @@ class ElasticsearchStore:
         self.name = f"{host}/{self.index}"
         self._es = elasticsearch
         self._patience_s = patience_s
-        self._bulk_bytes = _BULK_BYTES
+        self._most_bytes = _BULK_BYTES  # of a request, as far as the server is known to take it
+        self._bulk_bytes = _BULK_BYTES  # of the next one: less while the server is overloaded
         try:
             self._client = elasticsearch.Elasticsearch(
                 host,
@@ -219,7 +220,7 @@ class ElasticsearchStore:
     def release(self, parts: Iterable[LogPart]) -> None:
         """Close the points in time of the parts; a server that is gone by now is no error."""
         for pit in {part.state["pit"] for part in parts}:
-            with suppress(self._es.ApiError, self._es.TransportError):
+            with suppress(*self._faults):
                 self._client.close_point_in_time(id=pit)
 
     def purge(self, query: LogQuery) -> int:
@@ -350,10 +351,13 @@ class ElasticsearchStore:
                 else:
                     tally.refused.append(Refused(id=id, reason=outcome.reason))
             waiting.extendleft(reversed(again))
-            if any(outcome.status in (413, 429) for outcome in outcomes):
+            statuses = {outcome.status for outcome in outcomes}
+            if 413 in statuses and again:
+                self._most_bytes = self._bulk_bytes = _size(bulk) // 2
+            elif 429 in statuses:
                 self._bulk_bytes = max(min(self._bulk_bytes, _size(bulk)) // 2, _SMALLEST_BULK_BYTES)
             elif not again:
-                self._bulk_bytes = min(self._bulk_bytes + self._bulk_bytes // 4, _BULK_BYTES)
+                self._bulk_bytes = min(self._bulk_bytes + self._bulk_bytes // 4, self._most_bytes)
             if len(again) < len(bulk):
                 pauses = _Pauses(self._patience_s)
             if again and trouble is not None and not pauses.take(trouble):
