@@ -33,7 +33,7 @@ from flywheel_ray.intake import BUCKET_BITS, BUCKETS, KEYS, Intake, Label, Memor
 from flywheel_ray.near_duplicates import NearDuplicates, Shingles, boilerplate, leaks, resolve, shingles, sketch
 from flywheel_ray.records import Record, Rejected
 from flywheel_ray.redaction import Redactor
-from flywheel_ray.splits import SPLITS, Conversation, Sides, Split, SplitPolicy, settle
+from flywheel_ray.splits import SPLITS, Conversations, Sides, Split, SplitPolicy, settle
 from flywheel_ray.values import canonical_bytes
 
 INVALID_CALL_TRAINING = "invalid tool call, on the training side"
@@ -123,9 +123,9 @@ def assemble(
     leak_check = LeakCheck(near_duplicates="not checked")
     if policy.near_duplicates is not None and len(kept.at):
         kept, leak_check = _without_near(kept, reader, policy.near_duplicates, excluded)
-    _check_leaks(table, kept)
     if not len(kept.at):
         raise DatasetError(_nothing(client_id, workload_id, scanned, excluded))
+    conversations = _count_conversations(table, kept)
     counts = {name: int(np.count_nonzero(kept.side == i)) for i, name in enumerate(SPLITS)}
     if sides.eval_fraction > 0 and not counts["eval"]:
         raise DatasetError(
@@ -148,9 +148,7 @@ def assemble(
         scanned=scanned,
         excluded=dict(sorted(excluded.items())),
         rows=SplitCounts(**counts),
-        conversations=SplitCounts(
-            **{name: len(np.unique(kept.conversation[kept.side == i])) for i, name in enumerate(SPLITS)}
-        ),
+        conversations=conversations,
         tools=tools,
         faults=faults,
         conflicting_requests=conflicting,
@@ -304,16 +302,17 @@ def _deal(
     sizes = np.bincount(group, minlength=len(names))
     # Distinct (conversation, label) pairs, in order of conversation.
     pairs = np.unique(group.astype(np.int64) * len(table.labels) + table.label[requests.at])
+    begins = np.searchsorted(pairs, np.arange(len(names) + 1) * len(table.labels))
     tools_of = [frozenset(label.tools) for label in table.labels]
-    tools: list[frozenset[str]] = [frozenset()] * len(names)
-    for pair in pairs.tolist():
-        g, label = divmod(pair, len(table.labels))
-        tools[g] = tools[g] | tools_of[label] if tools[g] else tools_of[label]
+
+    def tools(g: int) -> frozenset[str]:
+        labels = pairs[begins[g] : begins[g + 1]] % len(table.labels)
+        return frozenset().union(*(tools_of[label] for label in labels.tolist()))
+
     texts = [f"{name:016x}" for name in names.tolist()]
-    conversations = list(map(Conversation, texts, first.tolist(), sizes.tolist(), tools))
-    sides = settle(policy.split, conversations, previous)
-    index = {name: i for i, name in enumerate(SPLITS)}
-    side = np.array([index[sides.of(c.name, c.first_seen)] for c in conversations], dtype=np.int8)[group]
+    all_tools = frozenset().union(*(tools_of[label] for label in np.unique(pairs % len(table.labels)).tolist()))
+    sides = settle(policy.split, Conversations(texts, first, sizes, tools, all_tools), previous)
+    side = sides.all(texts, first)[group]
     keep = np.ones(len(side), dtype=bool)
     since = policy.split.holdout_since
     if since is not None:
@@ -321,7 +320,7 @@ def _deal(
         _count(excluded, LATER, np.count_nonzero(~keep))
     if policy.invalid_calls == "eval_only":
         faulty = np.array([bool(label.faults) for label in table.labels])[table.label[requests.at]]
-        wrong = keep & faulty & (side != index["eval"])
+        wrong = keep & faulty & (side != SPLITS.index("eval"))
         _count(excluded, INVALID_CALL_TRAINING, np.count_nonzero(wrong))
         keep &= ~wrong
     return _Kept(requests.at[keep], requests.conversation[keep], side[keep], requests.first_seen[keep]), sides
@@ -475,12 +474,20 @@ def _leak(found: NDArray[np.int64], rows: _NearRows, policy: NearDuplicates) -> 
     )
 
 
-def _check_leaks(table: _Table, kept: _Kept) -> None:
-    """No request and no conversation on two sides: true by construction, and checked on every build all the same."""
-    for what, names in (("conversation", kept.conversation), ("request", table.id_low[kept.at])):
-        pairs = np.unique(np.stack([names, kept.side.astype(np.uint64)]), axis=1)
-        if len(np.unique(pairs[0])) != pairs.shape[1]:
+def _count_conversations(table: _Table, kept: _Kept) -> SplitCounts:
+    """The conversations of each side, having checked that none, and no request, is on two.
+
+    True by construction, and checked on every build all the same.
+    """
+    counts = np.zeros(len(SPLITS), dtype=np.int64)
+    for what, names in (("request", table.id_low[kept.at]), ("conversation", kept.conversation)):
+        order = np.argsort(names, kind="stable")
+        ordered, side = names[order], kept.side[order]
+        again = ordered[1:] == ordered[:-1]
+        if (again & (side[1:] != side[:-1])).any():
             raise DatasetError(f"a {what} is on two sides of the split; please report this as a defect")
+        counts = np.bincount(side[np.append(True, ~again)], minlength=len(SPLITS))
+    return SplitCounts(**dict(zip(SPLITS, counts.tolist(), strict=True)))
 
 
 def _digests(table: _Table, kept: _Kept) -> dict[Split, bytes]:

@@ -15,6 +15,7 @@ import hashlib
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +23,17 @@ import msgspec
 import numpy as np
 
 from flywheel_ray.datasets import NO_TOOL, DatasetPolicy, answer_digest
-from flywheel_ray.records import INTERRUPTED, TEACHER, Record, Rejected, conversation_of, normal_messages, readable
+from flywheel_ray.records import (
+    INTERRUPTED,
+    TEACHER,
+    Record,
+    Rejected,
+    conversation_of,
+    normal_messages,
+    readable,
+    tool_choice_of,
+    tools_of,
+)
 from flywheel_ray.redaction import Redactor
 from flywheel_ray.toolbox import Toolbox
 from flywheel_ray.values import canonical_bytes
@@ -144,47 +155,51 @@ class Intake:
             taken.excluded[f"rejected: {record.kind}"] += 1
             return
         assert isinstance(record, Record)
-        reason = self._unusable(record)
+        # Fields by name out of the models' own dictionaries: as attributes, each would cost five times as much.
+        logged, answer = vars(record), vars(record.completion)
+        reason = self._unusable(logged, answer)
         if reason is not None:
             taken.excluded[reason] += 1
             return
-        messages, media = normal_messages(record.messages)
+        request = logged["request"]
+        messages, media = normal_messages(request["messages"])
         if media and self._policy.media == "drop":
             taken.excluded[MEDIA] += 1
             return
-        answer = record.completion
-        tools = record.tools
+        tools = tools_of(request)
         toolbox = self._toolbox(tools) if tools else None
+        calls = [vars(call) for call in answer["tool_calls"]]
         faults: tuple[str, ...] = ()
-        for call in answer.tool_calls:
-            fault = toolbox.fault(call.name, call.arguments) if toolbox else _NOT_OFFERED
+        for call in calls:
+            fault = toolbox.fault(call["name"], call["arguments"]) if toolbox else _NOT_OFFERED
             if fault is not None:
                 faults = (*faults, fault.kind)
         if faults and self._policy.invalid_calls == "drop":
             taken.excluded[INVALID_CALL] += 1
             return
-        if len(record.response["choices"]) > 1:
+        if len(logged["response"]["choices"]) > 1:
             taken.several_choices += 1
-        self._keep(record, messages, toolbox, faults)
+        self._keep(logged["timestamp"], messages, toolbox, tool_choice_of(request), answer, calls, faults)
 
-    def _unusable(self, record: Record) -> str | None:
-        if record.workload_id != self._workload_id or record.client_id != self._client_id:
+    def _unusable(self, logged: Mapping[str, Any], answer: Mapping[str, Any]) -> str | None:
+        if logged["workload_id"] != self._workload_id or logged["client_id"] != self._client_id:
             return OTHER_WORKLOAD
-        if record.shadow:
+        if logged["shadow"]:
             return SHADOW
-        if record.served_by != TEACHER:
+        if logged["served_by"] != TEACHER:
             return ARM
-        if record.error:
+        if logged["error"]:
             return FAILED
-        answer = record.completion
-        if answer.finish_reason in _UNFINISHED:
-            return _UNFINISHED[answer.finish_reason]
-        if answer.refused:
+        finish_reason = answer["finish_reason"]
+        if finish_reason in _UNFINISHED:
+            return _UNFINISHED[finish_reason]
+        if answer["refused"]:
             return REFUSED
-        for call in answer.tool_calls:
+        calls = answer["tool_calls"]
+        for call in calls:
             if type(call.arguments) is str:
                 return MALFORMED
-        return EMPTY if not answer.tool_calls and not answer.text.strip() else None
+        return EMPTY if not calls and not answer["text"].strip() else None
 
     def _toolbox(self, tools: list[dict[str, Any]]) -> Toolbox:
         # Lines with the same tools share one list (see `records`), so that its identity is enough nearly always.
@@ -201,15 +216,18 @@ class Intake:
         return toolbox
 
     def _keep(
-        self, record: Record, messages: list[dict[str, Any]], toolbox: Toolbox | None, faults: tuple[str, ...]
+        self,
+        timestamp: float,
+        messages: list[dict[str, Any]],
+        toolbox: Toolbox | None,
+        choice: Any,
+        answer: Mapping[str, Any],
+        calls: list[dict[str, Any]],
+        faults: tuple[str, ...],
     ) -> None:
-        answer = record.completion
-        reference: dict[str, Any] = {
-            "text": answer.text,
-            "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls],
-        }
-        if answer.reasoning is not None:
-            reference["reasoning"] = answer.reasoning
+        reference: dict[str, Any] = {"text": answer["text"], "tool_calls": calls}
+        if (reasoning := answer["reasoning"]) is not None:
+            reference["reasoning"] = reasoning
         opening = messages
         if self._redactor is not None:
             # A later turn may show that a number in an earlier one was a phone's; the conversation's name must not
@@ -217,13 +235,13 @@ class Intake:
             opening, _, _ = self._redactor.redact(_opening(messages), {"text": "", "tool_calls": []})
             messages, reference, found = self._redactor.redact(messages, reference)
             self.taken.redacted.update(found)
-        choice = record.tool_choice
+        tools_id = None if toolbox is None else toolbox.id
         try:
-            request = _encode_sorted([messages, toolbox.id if toolbox else None, choice])
+            request = _encode_sorted([messages, tools_id, choice])
         except (TypeError, ValueError, OverflowError):
             opening, messages = readable(opening), readable(messages)
             reference, choice = readable(reference), readable(choice)
-            request = canonical_bytes([messages, toolbox.id if toolbox else None, choice])
+            request = canonical_bytes([messages, tools_id, choice])
         id = _sha256(request).digest()[:16]
         conversation = conversation_of(self._client_id, self._workload_id, opening)
         calls = reference["tool_calls"]
@@ -242,22 +260,17 @@ class Intake:
         number = labels.get(label)  # type: ignore[call-overload]
         if number is None:
             number = labels[Label(tools, faults)] = len(labels)
-        if answer.finish_reason is not None:
-            reference["finish_reason"] = answer.finish_reason
-        if answer.latency_s is not None:
-            reference["latency_s"] = answer.latency_s
-        if answer.prompt_tokens is not None:
-            reference["prompt_tokens"] = answer.prompt_tokens
-        if answer.completion_tokens is not None:
-            reference["completion_tokens"] = answer.completion_tokens
+        for name in _FIGURES:
+            if (figure := answer[name]) is not None:
+                reference[name] = figure
         row: dict[str, Any] = {
             "id": id.hex(),
             "conversation": conversation,
-            "timestamp": record.timestamp,
+            "timestamp": timestamp,
             "messages": messages,
         }
-        if toolbox is not None:
-            row["tools"] = toolbox.id
+        if tools_id is not None:
+            row["tools"] = tools_id
         if choice is not None:
             row["tool_choice"] = choice
         if faults:
@@ -271,7 +284,7 @@ class Intake:
             compared,  # of which the first 8 bytes
             bytes.fromhex(conversation),
             zlib.crc32(line),
-            record.timestamp,
+            timestamp,
             number,
             len(line),
         )
@@ -299,6 +312,7 @@ _NOT_OFFERED = _Fault("unknown_tool")
 _NO_TOOLS = (NO_TOOL,)
 _CONVERSATION = b'"conversation":"'
 _UNFINISHED = {"length": TRUNCATED, "content_filter": FILTERED, INTERRUPTED: BROKEN_OFF}
+_FIGURES = ("finish_reason", "latency_s", "prompt_tokens", "completion_tokens")
 _TOOLBOXES = 4096
 _encode = msgspec.json.Encoder().encode
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode

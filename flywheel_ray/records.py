@@ -122,24 +122,34 @@ class Record(Value):
     @property
     def tools(self) -> list[dict[str, Any]]:
         """The request's tools in the `{"type": "function", "function": …}` form; empty where it has none."""
-        tools = self.request.get("tools")
-        if not tools and (functions := self.request.get("functions")):
-            return [{"type": "function", "function": function} for function in functions]
-        return tools or []
+        return tools_of(self.request)
 
     @property
     def tool_choice(self) -> Any:
         """The request's `tool_choice`, or its `function_call` in today's form; None where neither is given."""
-        choice = self.request.get("tool_choice")
-        if choice is None and (older := self.request.get("function_call")) is not None:
-            return {"type": "function", "function": older} if isinstance(older, dict) else older
-        return choice
+        return tool_choice_of(self.request)
 
     @property
     def choices(self) -> int:
         """How many choices the response has; the first is the answer."""
         choices = self.response.get("choices")
         return len(choices) if isinstance(choices, list) else 0
+
+
+def tools_of(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """As `Record.tools`, of a request."""
+    tools = request.get("tools")
+    if not tools and (functions := request.get("functions")):
+        return [{"type": "function", "function": function} for function in functions]
+    return tools or []
+
+
+def tool_choice_of(request: Mapping[str, Any]) -> Any:
+    """As `Record.tool_choice`, of a request."""
+    choice = request.get("tool_choice")
+    if choice is None and (older := request.get("function_call")) is not None:
+        return {"type": "function", "function": older} if isinstance(older, dict) else older
+    return choice
 
 
 class Rejected(Value):
@@ -392,14 +402,14 @@ def conversation_of(client_id: str, workload_id: str, messages: Sequence[Mapping
     """
     words: list[str] = []
     for message in messages:
-        if message.get("role") == "user":
+        if message["role"] == "user":
             content = message.get("content")
             words = (content if type(content) is str else content_text(content)).split()
             break
     if not words and messages:
         words = content_text(messages[0].get("content")).split()
-    name = [client_id, workload_id, " ".join(words).casefold()]
-    return hashlib.sha256(canonical_bytes(name)).hexdigest()[:16]
+    name = canonical_bytes([client_id, workload_id, " ".join(words).casefold()])
+    return hashlib.sha256(name).hexdigest()[:16]
 
 
 class _Bad(Exception):
@@ -407,6 +417,8 @@ class _Bad(Exception):
 
 
 _FAULTS = (_Bad, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
+_USUAL = frozenset(("role", "content", "tool_calls"))
+_GATEWAYS = frozenset(("served_by", "exchange_id", "rollout", "arm", "shadow", "error"))
 _LONE = re.compile("[\ud800-\udfff]")
 _YEAR_1, _YEAR_9999 = -62135596800, 253402300799
 _TOO_DEEP = f"the line nests deeper than {MAX_DEPTH} levels"
@@ -571,15 +583,19 @@ def _read(data: Mapping[str, Any], clean: bool) -> Record:
     response = _response(data)
     latency_s = data.get("latency_s")
     if latency_s is not None:
-        latency_s = float(_field(data, "latency_s", (int, float)))
+        if type(latency_s) is not float:
+            latency_s = float(_field(data, "latency_s", (int, float)))
         if not 0 <= latency_s < math.inf:
             raise _Bad(f"latency_s is not a length of time: {latency_s}")
-    shadow = data.get("shadow")
-    if shadow is not None and not isinstance(shadow, bool):
-        raise _Bad(f"shadow is {_kind(shadow)}, not a boolean")
-    served_by, arm, error = _text(data, "served_by"), _text(data, "arm"), _text(data, "error")
-    served_by = served_by or TEACHER
-    exchange_id, rollout = _text(data, "exchange_id"), _text(data, "rollout")
+    served_by: str = TEACHER
+    shadow: Any = False
+    exchange_id = rollout = arm = error = None
+    if not _GATEWAYS.isdisjoint(data):
+        shadow = data.get("shadow")
+        if shadow is not None and not isinstance(shadow, bool):
+            raise _Bad(f"shadow is {_kind(shadow)}, not a boolean")
+        served_by, arm, error = _text(data, "served_by") or TEACHER, _text(data, "arm"), _text(data, "error")
+        exchange_id, rollout = _text(data, "exchange_id"), _text(data, "rollout")
     if not clean:
         error = error and readable(error)
         tags = {"client_id": client_id, "workload_id": workload_id, "served_by": served_by, "exchange_id": exchange_id}
@@ -665,33 +681,38 @@ def _response(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _completion(response: Mapping[str, Any], latency_s: float | None, strict: bool, clean: bool) -> Completion:
     choices = response.get("choices")
-    if not isinstance(choices, list) or not choices:
+    if type(choices) is not list or not choices:
         raise _Bad("response.choices is missing or empty")
     choice = choices[0]
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
+    message = choice.get("message") if type(choice) is dict else None
+    if type(message) is not dict:
         raise _Bad("response.choices[0].message is missing")
-    content = message.get("content")
-    if content is not None and not isinstance(content, str | list):
-        raise _Bad(f"response.choices[0].message.content is {_kind(content)}, not a string or a list")
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise _Bad(f"response.choices[0].message.tool_calls is {_kind(calls)}, not a list")
-    if calls:
-        tool_calls = tuple([_call(call, f"tool_calls[{i}]", strict, clean) for i, call in enumerate(calls)])
-    elif older := message.get("function_call"):
-        tool_calls = (_call({"function": older}, "function_call", strict, clean),)
+    text = message.get("content")
+    if type(text) is not str:
+        if text is not None and type(text) is not list:
+            raise _Bad(f"response.choices[0].message.content is {_kind(text)}, not a string or a list")
+        text = content_text(text)
+    calls = message.get("tool_calls")
+    if not calls:
+        tool_calls: tuple[ToolCall, ...] = ()
+    elif type(calls) is list:
+        tool_calls = tuple([_call(call, i, strict, clean) for i, call in enumerate(calls)])
     else:
-        tool_calls = ()
-    text = content if isinstance(content, str) else content_text(content)
-    refusal = message.get("refusal")
-    refused = isinstance(refusal, str) and bool(refusal) and not text and not tool_calls
-    if refused:
-        text = str(refusal)
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    reasoning = reasoning if isinstance(reasoning, str) else None
+        raise _Bad(f"response.choices[0].message.tool_calls is {_kind(calls)}, not a list")
+    refused, reasoning = False, None
+    if not _USUAL.issuperset(message):
+        if not calls and (older := message.get("function_call")):
+            tool_calls = (_call({"function": older}, None, strict, clean),)
+        refusal = message.get("refusal")
+        refused = isinstance(refusal, str) and bool(refusal) and not text and not tool_calls
+        if refused:
+            text = str(refusal)
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        reasoning = reasoning if isinstance(reasoning, str) else None
     usage = response.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
+    prompt_tokens = completion_tokens = None
+    if type(usage) is dict:
+        prompt_tokens, completion_tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
     finish = choice.get("finish_reason")
     return Completion.trusted(
         {
@@ -699,28 +720,30 @@ def _completion(response: Mapping[str, Any], latency_s: float | None, strict: bo
             "tool_calls": tool_calls,
             "reasoning": reasoning if clean or reasoning is None else readable(reasoning),
             "refused": refused,
-            "finish_reason": finish if isinstance(finish, str) else None,
+            "finish_reason": finish if type(finish) is str else None,
             "latency_s": latency_s,
-            "prompt_tokens": _count(usage.get("prompt_tokens")),
-            "completion_tokens": _count(usage.get("completion_tokens")),
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
         }
     )
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None
 
 
-def _call(call: Any, name: str, strict: bool, clean: bool) -> ToolCall:
-    where = f"response.choices[0].message.{name}"
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _Bad(f"{where} has no function name")
+def _call(call: Any, place: int | None, strict: bool, clean: bool) -> ToolCall:
+    """The call at a place of `tool_calls`, or of `function_call`."""
+    function: Any = call.get("function") if type(call) is dict else None
+    name = function.get("name") if type(function) is dict else None
+    where = "response.choices[0].message."
+    if type(name) is not str:
+        raise _Bad(f"{where}{'function_call' if place is None else f'tool_calls[{place}]'} has no function name")
     arguments = read_arguments(function.get("arguments"))
-    if strict and isinstance(arguments, str):
-        within = where if name == "function_call" else f"{where}.function"
-        raise _Bad(f"{within}.arguments is not a JSON object: {arguments[:80]!r}")
-    return ToolCall.trusted({"name": function["name"] if clean else readable(function["name"]), "arguments": arguments})
+    if strict and type(arguments) is str:
+        within = "function_call" if place is None else f"tool_calls[{place}].function"
+        raise _Bad(f"{where}{within}.arguments is not a JSON object: {arguments[:80]!r}")
+    return ToolCall.trusted({"name": name if clean else readable(name), "arguments": arguments})
 
 
 def read_arguments(arguments: Any) -> dict[str, Any] | str:
@@ -733,7 +756,10 @@ def read_arguments(arguments: Any) -> dict[str, Any] | str:
     if isinstance(arguments, str):
         try:
             value = _decode(arguments)
-            if type(value) is dict and arguments.count("{") + arguments.count("[") <= MAX_DEPTH:
+            # Text that nests deeper is longer, and has more opening brackets.
+            if type(value) is dict and (
+                len(arguments) <= 2 * MAX_DEPTH or arguments.count("{") + arguments.count("[") <= MAX_DEPTH
+            ):
                 return value
         except (ValueError, RecursionError):
             pass

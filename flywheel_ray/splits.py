@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from flywheel_ray.values import Value
@@ -60,19 +62,26 @@ class SplitPolicy(Value):
             raise ValueError("eval_fraction + validation_fraction is more than 1")
         return self
 
-    def share(self, conversation: str) -> float:
-        """Where a conversation stands between 0 and 1, from its name alone."""
-        digest = hashlib.sha256((self.salt + conversation).encode("utf-8", "surrogatepass")).hexdigest()
-        return int(digest[:13], 16) / 16**13  # 52 bits: exact in a float, and below 1
+    def shares(self, conversations: Sequence[str]) -> NDArray[np.float64]:
+        """Where each conversation stands between 0 and 1, from its name alone."""
+        salt = self.salt.encode("utf-8", "surrogatepass")
+        digests = (hashlib.sha256(salt + name.encode("utf-8", "surrogatepass")).digest() for name in conversations)
+        first = np.frombuffer(b"".join([digest[:8] for digest in digests]), dtype=">u8")
+        return (first >> np.uint64(12)) / 2.0**52  # 52 bits: exact in a float, and below 1
 
 
-class Conversation(NamedTuple):
-    """What the split needs to know of one: its name, its first record's time, its rows, and the tools they call."""
+class Conversations(NamedTuple):
+    """What the split needs to know of n of them."""
 
-    name: str
-    first_seen: float
-    rows: int
-    tools: frozenset[str]
+    names: Sequence[str]
+    """In ascending order."""
+    first_seen: NDArray[np.float64]
+    """(n,) time of the first record."""
+    rows: NDArray[np.int64]
+    """(n,) number of rows."""
+    tools: Callable[[int], frozenset[str]]
+    """The tools that the rows of one call, by its index: few are asked for."""
+    all_tools: frozenset[str]
 
 
 class Sides(Value):
@@ -88,13 +97,19 @@ class Sides(Value):
 
     def of(self, conversation: str, first_seen: float) -> Split:
         """The side of a conversation."""
-        since = self.policy.holdout_since
-        if conversation in self.held_out or (since is not None and first_seen >= since):
-            return "eval"
-        share = self.policy.share(conversation)
-        if share < self.eval_fraction:
-            return "eval"
-        return "validation" if share < self.eval_fraction + self._validation_fraction else "train"
+        (side,) = self.all([conversation], np.array([first_seen]))
+        return SPLITS[side]
+
+    def all(self, names: Sequence[str], first_seen: NDArray[np.float64]) -> NDArray[np.int8]:
+        """The sides of n conversations, as indices into `SPLITS`."""
+        share = self.policy.shares(names)
+        below = np.array([self.eval_fraction + self._validation_fraction, self.eval_fraction])
+        side = (share[:, None] < below).sum(axis=1, dtype=np.int8)
+        if self.policy.holdout_since is not None:
+            side[first_seen >= self.policy.holdout_since] = _EVAL
+        if self.held_out:
+            side[[i for i, name in enumerate(names) if name in self.held_out]] = _EVAL
+        return side
 
     @cached_property
     def _validation_fraction(self) -> float:
@@ -102,7 +117,7 @@ class Sides(Value):
         return min(self.policy.validation_fraction, 1 - self.eval_fraction)
 
 
-def settle(policy: SplitPolicy, conversations: Sequence[Conversation], previous: Sides | None = None) -> Sides:
+def settle(policy: SplitPolicy, conversations: Conversations, previous: Sides | None = None) -> Sides:
     """Settle what the policy leaves to the data.
 
     No record ever changes sides from one build to the next that is given its `Sides` as `previous`. Without it the same
@@ -111,13 +126,13 @@ def settle(policy: SplitPolicy, conversations: Sequence[Conversation], previous:
 
     Args:
         policy: the same as that of `previous`.
-        conversations: all of them, in any order.
+        conversations: all of them.
         previous: of the dataset that this one continues.
     """
     if previous is not None:
         fraction = previous.eval_fraction
     elif policy.eval_records is not None:
-        fraction = _fraction_of(policy, conversations)
+        fraction = _fraction_of(policy, policy.eval_records, conversations)
     else:
         fraction = policy.eval_fraction
     settled = previous.settled_until if previous else None
@@ -125,46 +140,50 @@ def settle(policy: SplitPolicy, conversations: Sequence[Conversation], previous:
     sides = Sides(policy=policy, eval_fraction=fraction, held_out=held_out, settled_until=settled)
     if policy.class_aware and fraction > 0:
         held_out = held_out | _held_out(sides, conversations)
-    times = [c.first_seen for c in conversations] + ([settled] if settled is not None else [])
-    return Sides(policy=policy, eval_fraction=fraction, held_out=held_out, settled_until=max(times, default=None))
+    until = float(conversations.first_seen.max(initial=-np.inf if settled is None else settled))
+    return Sides(
+        policy=policy,
+        eval_fraction=fraction,
+        held_out=held_out,
+        settled_until=until if conversations.names else settled,
+    )
 
 
-def _fraction_of(policy: SplitPolicy, conversations: Sequence[Conversation]) -> float:
+def _fraction_of(policy: SplitPolicy, wanted: int, conversations: Conversations) -> float:
     """The threshold below which there are as nearly as possible the wanted rows; conversations are not cut."""
-    wanted = policy.eval_records or 0
-    since = policy.holdout_since
-    rows = 0
-    if since is not None:
-        rows = sum(c.rows for c in conversations if c.first_seen >= since)
-        conversations = [c for c in conversations if c.first_seen < since]
-    best, fraction = abs(rows - wanted), 0.0
-    shares = sorted((policy.share(c.name), c.rows) for c in conversations)
-    for i, (_, count) in enumerate(shares):
-        rows += count
-        if abs(rows - wanted) < best:
-            best, fraction = abs(rows - wanted), shares[i + 1][0] if i + 1 < len(shares) else 1.0
-        if rows >= wanted:
-            break
-    return fraction
+    share, rows, before = policy.shares(conversations.names), conversations.rows, 0
+    if policy.holdout_since is not None:
+        late = conversations.first_seen >= policy.holdout_since
+        share, rows, before = share[~late], rows[~late], int(rows[late].sum())
+    order = np.lexsort((rows, share))
+    # Evaluation rows with the first 0, 1, 2, … conversations, and the thresholds that take so many.
+    counts = np.cumsum(np.append(before, rows[order]))
+    thresholds = np.append(share[order], 1.0)
+    best = int(np.argmin(np.abs(counts - wanted)))
+    return float(thresholds[best]) if best else 0.0
 
 
-def _held_out(sides: Sides, conversations: Sequence[Conversation]) -> dict[str, str]:
+def _held_out(sides: Sides, conversations: Conversations) -> dict[str, str]:
     """In order of time: the first conversation after a tool's first one goes to evaluation where none has yet."""
-    missing = set().union(*(c.tools for c in conversations)) if conversations else set()
+    missing = set(conversations.all_tools)
     seen: Counter[str] = Counter()
     found: dict[str, str] = {}
-    for conversation in sorted(conversations, key=lambda c: (c.first_seen, c.name)):
+    for i in np.argsort(conversations.first_seen, kind="stable").tolist():
         if not missing:
             break
-        wanting = sorted(conversation.tools & missing)
+        wanting = sorted(conversations.tools(i) & missing)
         if not wanting:
             continue
         seen.update(wanting)
+        name, first_seen = conversations.names[i], float(conversations.first_seen[i])
         repeated = [tool for tool in wanting if seen[tool] > 1]
-        new = sides.settled_until is None or conversation.first_seen > sides.settled_until
-        if sides.of(conversation.name, conversation.first_seen) == "eval":
+        new = sides.settled_until is None or first_seen > sides.settled_until
+        if sides.of(name, first_seen) == "eval":
             missing.difference_update(wanting)
         elif repeated and new:
-            found[conversation.name] = repeated[0]
+            found[name] = repeated[0]
             missing.difference_update(wanting)
     return found
+
+
+_EVAL = SPLITS.index("eval")

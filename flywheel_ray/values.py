@@ -27,11 +27,11 @@ class Value(BaseModel):
 
         For the few types of which a dataset build makes millions. `fields` becomes the value's own.
         """
-        value = cls.__new__(cls)
-        _set(value, "__dict__", fields)
-        _set(value, "__pydantic_fields_set__", _names.get(cls) or _names.setdefault(cls, set(cls.model_fields)))
-        _set(value, "__pydantic_extra__", None)
-        _set(value, "__pydantic_private__", None)
+        value = _new(cls)
+        _set_fields(value, fields)
+        _set_names(value, _names.get(cls) or _names.setdefault(cls, set(cls.model_fields)))
+        _set_extra(value, None)
+        _set_private(value, None)
         return value
 
 
@@ -60,6 +60,11 @@ def content_hash(data: Any, length: int = 16) -> str:
     return hashlib.sha256(canonical_json(data).encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-_set = object.__setattr__
+# The slots of a pydantic model, set without looking each up by name.
+_new: Any = object.__new__
+_set_fields: Any = vars(BaseModel)["__dict__"].__set__
+_set_names: Any = vars(BaseModel)["__pydantic_fields_set__"].__set__
+_set_extra: Any = vars(BaseModel)["__pydantic_extra__"].__set__
+_set_private: Any = vars(BaseModel)["__pydantic_private__"].__set__
 _names: dict[type, set[str]] = {}
 _encode = msgspec.json.Encoder(order="deterministic").encode

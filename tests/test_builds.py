@@ -211,9 +211,12 @@ def test_invalid_calls(mode: str, train: int, excluded: dict[str, int]) -> None:
     for n in range(400):
         message = called(name="teleport") if n % 2 else called('{"queue": "nowhere"}')
         bad.append(record(f"bad {n}", message=message))
-    by_side = {name: [r for r in bad if EXACT.split.share(example_of(r).conversation) < 0.5] for name in ("eval",)}
-    others = [r for r in bad if EXACT.split.share(example_of(r).conversation) > 0.6]
-    chosen = [*by_side["eval"][:2], *others[:2]]
+    shares = EXACT.split.shares([example_of(r).conversation for r in bad])
+    low, high = (
+        [r for r, share in zip(bad, shares, strict=True) if share < 0.5],
+        [r for r, share in zip(bad, shares, strict=True) if share > 0.6],
+    )
+    chosen = [*low[:2], *high[:2]]
     dataset = built([*MANY, *chosen], policy(invalid_calls=mode, class_aware=False))
     assert dataset.manifest.excluded == excluded
     marked = {e.id: e.faults for name in SPLITS for e in dataset.split(name) if e.faults}

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flywheel_ray.splits import Conversation, Sides, Split, SplitPolicy, settle
+from flywheel_ray.splits import Conversations, Sides, Split, SplitPolicy
+from flywheel_ray.splits import settle as settle_columns
 
 PINNED = ["eval", "train", "train", "train", "train", "train", "train", "eval"]
+
+
+class Conversation(NamedTuple):
+    name: str
+    first_seen: float
+    rows: int
+    tools: frozenset[str]
+
+
+def settle(policy: SplitPolicy, conversations: list[Conversation], previous: Sides | None = None) -> Sides:
+    listed = sorted(conversations)
+    columns = Conversations(
+        [c.name for c in listed],
+        np.array([c.first_seen for c in listed], dtype=float),
+        np.array([c.rows for c in listed], dtype=np.int64),
+        lambda i: listed[i].tools,
+        frozenset().union(*(c.tools for c in listed)),
+    )
+    return settle_columns(policy, columns, previous)
 
 
 def sides(policy: SplitPolicy, conversations: list[Conversation], previous: Sides | None = None) -> dict[str, Split]:

@@ -50,7 +50,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
         ConfigError: the file cannot be read to its end.
     """
     try:
-        with path.open("rb") as plain:
+        with path.open("rb", buffering=1 << 20) as plain:
             magic = plain.read(2)
             plain.seek(0)
             yield from cast(IO[bytes], gzip.GzipFile(fileobj=plain)) if magic == b"\x1f\x8b" else plain
