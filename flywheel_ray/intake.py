@@ -1,11 +1,11 @@
 """Taking records in: is each of use, what was asked, what was answered, and the row that a dataset would have of it.
 
     intake = Intake(DatasetPolicy(), "acme", "support", rows=MemoryRows())
-    for record in store.scan(query):
-        intake.add(record)
+    for line in store.lines(part):
+        intake.add_line(line)
     intake.taken.excluded              # Counter({"truncated answer": 3})
 
-Each record is looked at once, alone, and for some twenty microseconds. What must be decided on all of them together is
+Each record is looked at once, alone, for some ten microseconds. What must be decided on all of them together is
 left to `builds`, which gets 68 bytes for each: so the taking in may run in one process or in many.
 """
 
@@ -15,7 +15,7 @@ import hashlib
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -23,13 +23,16 @@ import msgspec
 import numpy as np
 
 from flywheel_ray.datasets import NO_TOOL, DatasetPolicy, answer_digest
+from flywheel_ray.lines import usual_line
 from flywheel_ray.records import (
     INTERRUPTED,
     TEACHER,
     Record,
     Rejected,
+    conversation_named,
     conversation_of,
     normal_messages,
+    parse_line,
     readable,
     tool_choice_of,
     tools_of,
@@ -38,6 +41,7 @@ from flywheel_ray.redaction import Redactor
 from flywheel_ray.toolbox import Toolbox
 from flywheel_ray.values import canonical_bytes
 
+REJECTED = "rejected: "
 OTHER_WORKLOAD = "another workload"
 SHADOW = "shadow copy"
 ARM = "served by an arm"
@@ -152,7 +156,7 @@ class Intake:
         taken = self.taken
         taken.scanned += 1
         if type(record) is Rejected:
-            taken.excluded[f"rejected: {record.kind}"] += 1
+            taken.excluded[f"{REJECTED}{record.kind}"] += 1
             return
         assert isinstance(record, Record)
         # Fields by name out of the models' own dictionaries: as attributes, each would cost five times as much.
@@ -166,20 +170,60 @@ class Intake:
         if media and self._policy.media == "drop":
             taken.excluded[MEDIA] += 1
             return
-        tools = tools_of(request)
-        toolbox = self._toolbox(tools) if tools else None
         calls = [vars(call) for call in answer["tool_calls"]]
-        faults: tuple[str, ...] = ()
-        for call in calls:
-            fault = toolbox.fault(call["name"], call["arguments"]) if toolbox else _NOT_OFFERED
-            if fault is not None:
-                faults = (*faults, fault.kind)
+        toolbox, faults = self._checked(tools_of(request), calls)
         if faults and self._policy.invalid_calls == "drop":
             taken.excluded[INVALID_CALL] += 1
             return
-        if len(logged["response"]["choices"]) > 1:
-            taken.several_choices += 1
-        self._keep(logged["timestamp"], messages, toolbox, tool_choice_of(request), answer, calls, faults)
+        taken.several_choices += len(logged["response"]["choices"]) > 1
+        reference: dict[str, Any] = {"text": answer["text"], "tool_calls": calls}
+        if (reasoning := answer["reasoning"]) is not None:
+            reference["reasoning"] = reasoning
+        opening = messages
+        if self._redactor is not None:
+            # A later turn may show that a number in an earlier one was a phone's; the conversation's name must not
+            # change with that, so it comes of what all turns begin with.
+            opening, _, _ = self._redactor.redact(_opening(messages), {"text": "", "tool_calls": []})
+            messages, reference, found = self._redactor.redact(messages, reference)
+            taken.redacted.update(found)
+        choice = tool_choice_of(request)
+        try:
+            asked, _ = _encode_sorted(messages), _encode_sorted(choice)
+        except (TypeError, ValueError, OverflowError):  # half an emoji, or a very large integer
+            opening, reference, choice = readable(opening), readable(reference), readable(choice)
+            asked = canonical_bytes(readable(messages))
+        conversation = conversation_of(self._client_id, self._workload_id, opening)
+        self._keep(logged["timestamp"], asked, conversation, toolbox, choice, answer, reference, faults)
+
+    def add_line(self, text: bytes) -> None:
+        """Take a line of a log: `add(parse_line(text))`, and faster where it is a usual one (see `lines`)."""
+        line = usual_line(text) if self._redactor is None else None
+        if line is None:
+            self.add(parse_line(text))
+            return
+        taken = self.taken
+        taken.scanned += 1
+        answer, calls = line.answer, line.calls
+        if line.workload_id != self._workload_id or line.client_id != self._client_id:
+            taken.excluded[OTHER_WORKLOAD] += 1
+            return
+        reason = _unfinished(answer, calls)
+        if reason is not None:
+            taken.excluded[reason] += 1
+            return
+        toolbox, faults = self._checked(line.tools, calls)
+        if faults and self._policy.invalid_calls == "drop":
+            taken.excluded[INVALID_CALL] += 1
+            return
+        taken.several_choices += line.choices > 1
+        messages = line.messages
+        opening = next((message.content for message in messages if message.role == "user"), None) or ""
+        if not opening.strip():
+            opening = messages[0].content or ""
+        conversation = conversation_named(self._client_id, self._workload_id, opening)
+        reference = {"text": answer["text"], "tool_calls": calls}
+        asked = _encode_sorted(messages)
+        self._keep(line.timestamp, asked, conversation, toolbox, line.tool_choice, answer, reference, faults)
 
     def _unusable(self, logged: Mapping[str, Any], answer: Mapping[str, Any]) -> str | None:
         if logged["workload_id"] != self._workload_id or logged["client_id"] != self._client_id:
@@ -190,16 +234,24 @@ class Intake:
             return ARM
         if logged["error"]:
             return FAILED
-        finish_reason = answer["finish_reason"]
-        if finish_reason in _UNFINISHED:
-            return _UNFINISHED[finish_reason]
+        reason = _unfinished(answer, answer["tool_calls"])
+        if reason is not None:
+            return reason
         if answer["refused"]:
             return REFUSED
-        calls = answer["tool_calls"]
+        return MALFORMED if any(type(call.arguments) is str for call in answer["tool_calls"]) else None
+
+    def _checked(
+        self, tools: list[dict[str, Any]], calls: Sequence[Mapping[str, Any]]
+    ) -> tuple[Toolbox | None, tuple[str, ...]]:
+        """A request's tools, and what is wrong with calls of them."""
+        toolbox = self._toolbox(tools) if tools else None
+        faults: tuple[str, ...] = ()
         for call in calls:
-            if type(call.arguments) is str:
-                return MALFORMED
-        return EMPTY if not calls and not answer["text"].strip() else None
+            fault = toolbox.fault(call["name"], call["arguments"]) if toolbox else _NOT_OFFERED
+            if fault is not None:
+                faults = (*faults, fault.kind)
+        return toolbox, faults
 
     def _toolbox(self, tools: list[dict[str, Any]]) -> Toolbox:
         # Lines with the same tools share one list (see `records`), so that its identity is enough nearly always.
@@ -218,32 +270,17 @@ class Intake:
     def _keep(
         self,
         timestamp: float,
-        messages: list[dict[str, Any]],
+        asked: bytes,
+        conversation: str,
         toolbox: Toolbox | None,
         choice: Any,
         answer: Mapping[str, Any],
-        calls: list[dict[str, Any]],
+        reference: dict[str, Any],
         faults: tuple[str, ...],
     ) -> None:
-        reference: dict[str, Any] = {"text": answer["text"], "tool_calls": calls}
-        if (reasoning := answer["reasoning"]) is not None:
-            reference["reasoning"] = reasoning
-        opening = messages
-        if self._redactor is not None:
-            # A later turn may show that a number in an earlier one was a phone's; the conversation's name must not
-            # change with that, so it comes of what all turns begin with.
-            opening, _, _ = self._redactor.redact(_opening(messages), {"text": "", "tool_calls": []})
-            messages, reference, found = self._redactor.redact(messages, reference)
-            self.taken.redacted.update(found)
+        """Make the row and the key. `asked` is the messages' canonical JSON."""
         tools_id = None if toolbox is None else toolbox.id
-        try:
-            request = _encode_sorted([messages, tools_id, choice])
-        except (TypeError, ValueError, OverflowError):
-            opening, messages = readable(opening), readable(messages)
-            reference, choice = readable(reference), readable(choice)
-            request = canonical_bytes([messages, tools_id, choice])
-        id = _sha256(request).digest()[:16]
-        conversation = conversation_of(self._client_id, self._workload_id, opening)
+        id = _sha256(b"[%b,%b]" % (asked, canonical_bytes([tools_id, choice])[1:-1])).digest()[:16]
         calls = reference["tool_calls"]
         whole = answer_digest(reference.get("reasoning"), reference["text"], calls)
         if not calls:
@@ -267,7 +304,7 @@ class Intake:
             "id": id.hex(),
             "conversation": conversation,
             "timestamp": timestamp,
-            "messages": messages,
+            "messages": _Raw(asked),
         }
         if tools_id is not None:
             row["tools"] = tools_id
@@ -288,6 +325,14 @@ class Intake:
             number,
             len(line),
         )
+
+
+def _unfinished(answer: Mapping[str, Any], calls: Sequence[Any]) -> str | None:
+    """Why an answer is of no use, or None."""
+    finish_reason = answer["finish_reason"]
+    if finish_reason in _UNFINISHED:
+        return _UNFINISHED[finish_reason]
+    return EMPTY if not calls and not answer["text"].strip() else None
 
 
 def with_conversation(row: bytes, conversation: str) -> bytes:
@@ -314,6 +359,7 @@ _CONVERSATION = b'"conversation":"'
 _UNFINISHED = {"length": TRUNCATED, "content_filter": FILTERED, INTERRUPTED: BROKEN_OFF}
 _FIGURES = ("finish_reason", "latency_s", "prompt_tokens", "completion_tokens")
 _TOOLBOXES = 4096
+_Raw = msgspec.Raw
 _encode = msgspec.json.Encoder().encode
 _encode_sorted = msgspec.json.Encoder(order="deterministic").encode
 _sha256 = hashlib.sha256

@@ -22,9 +22,8 @@ from flywheel_ray import presidio
 from flywheel_ray.builds import assemble, build
 from flywheel_ray.config import Places
 from flywheel_ray.datasets import DatasetPolicy, Manifest
-from flywheel_ray.errors import ConfigError, DatasetError, FlywheelError
-from flywheel_ray.intake import Intake, Taken
-from flywheel_ray.records import Record
+from flywheel_ray.errors import ConfigError, DatasetError, FlywheelError, StoreError
+from flywheel_ray.intake import REJECTED, Intake, Taken
 from flywheel_ray.redaction import Redactor
 from flywheel_ray.services import LogPart, LogQuery, LogStore
 from flywheel_ray.spill import DiskRows, scratch
@@ -90,9 +89,20 @@ def prepare(
                 taken, rows = _take_on_ray(store, places.store, query, policy, folder, total, on_progress)
                 dataset = assemble(taken, rows, policy, **about)
             else:
-                records = _watched(store.scan(query), total, on_progress)
-                rows_on_disk = DiskRows(folder / "part-0")
-                dataset = build(records, policy, rows=rows_on_disk, redactor=_redactor(policy), **about)
+                parts = store.parts(query, 1)
+                try:
+                    lines = _watched(store.lines(parts[0]), total, on_progress)
+                    rows_on_disk = DiskRows(folder / "part-0")
+                    dataset = build(lines, policy, rows=rows_on_disk, redactor=_redactor(policy), **about)
+                finally:
+                    store.release(parts)
+            damaged = {
+                reason.removeprefix(REJECTED): number
+                for reason, number in dataset.manifest.excluded.items()
+                if reason.startswith(REJECTED)
+            }
+            if damaged:  # they were records once
+                raise StoreError(f"{sum(damaged.values())} stored records are damaged: {', '.join(damaged)}")
             return dataset.save(out)
 
 
@@ -115,10 +125,10 @@ def _redactor(policy: DatasetPolicy) -> Redactor | None:
     return presidio.redactor(policy.redaction) if policy.redaction else None
 
 
-def _watched(records: Iterator[Record], total: int, on_progress: OnProgress) -> Iterator[Record]:
+def _watched(lines: Iterator[bytes], total: int, on_progress: OnProgress) -> Iterator[bytes]:
     done = 0
-    for done, record in enumerate(records, start=1):
-        yield record
+    for done, line in enumerate(lines, start=1):
+        yield line
         if done % _PROGRESS_RECORDS == 0:
             on_progress(done, total)
     on_progress(done, total)
@@ -177,6 +187,6 @@ class _Take:
         client_id, workload_id = self._query.client_id, self._query.workload_id
         intake = Intake(self._policy, client_id, workload_id, rows, _redactor(self._policy))
         with closing(open_store(self._store_url, create=False)) as store:
-            for record in store.read(LogPart.model_validate_json(item["state"])):
-                intake.add(record)
+            for line in store.lines(LogPart.model_validate_json(item["state"])):
+                intake.add_line(line)
         return intake.taken, rows

@@ -361,10 +361,10 @@ def _part_text(part: Any) -> tuple[str, bool]:
 
 def content_text(content: Any) -> str:
     """Text of a message's content: a string, null, or a list of parts of which the text ones are joined."""
+    if type(content) is str:
+        return content
     if content is None:
         return ""
-    if isinstance(content, str):
-        return content
     if isinstance(content, list):
         texts = (part.get("text") if isinstance(part, dict) else part for part in content)
         return "".join(text for text in texts if isinstance(text, str))
@@ -400,16 +400,21 @@ def conversation_of(client_id: str, workload_id: str, messages: Sequence[Mapping
     Later turns and the later steps of an agent loop repeat that message, and so do duplicates, so all of them get one
     name; the system prompt is left out because some applications put a clock in it. Case and white space do not count.
     """
-    words: list[str] = []
-    for message in messages:
-        if message["role"] == "user":
-            content = message.get("content")
-            words = (content if type(content) is str else content_text(content)).split()
-            break
-    if not words and messages:
-        words = content_text(messages[0].get("content")).split()
-    name = canonical_bytes([client_id, workload_id, " ".join(words).casefold()])
+    asked = next((message.get("content") for message in messages if message["role"] == "user"), None)
+    text = content_text(asked)
+    if messages and not text.strip():
+        text = content_text(messages[0].get("content"))
+    return conversation_named(client_id, workload_id, text)
+
+
+def conversation_named(client_id: str, workload_id: str, text: str) -> str:
+    """As `conversation_of`, from the text itself."""
+    name = canonical_bytes([client_id, workload_id, " ".join(text.split()).casefold()])
     return hashlib.sha256(name).hexdigest()[:16]
+
+
+FIRST_S, LAST_S = -62135596800, 253402300799
+"""The years 1 and 9999: the timestamps that a record may have."""
 
 
 class _Bad(Exception):
@@ -420,7 +425,6 @@ _FAULTS = (_Bad, ValueError, TypeError, AttributeError, RecursionError, Overflow
 _USUAL = frozenset(("role", "content", "tool_calls"))
 _GATEWAYS = frozenset(("served_by", "exchange_id", "rollout", "arm", "shadow", "error"))
 _LONE = re.compile("[\ud800-\udfff]")
-_YEAR_1, _YEAR_9999 = -62135596800, 253402300799
 _TOO_DEEP = f"the line nests deeper than {MAX_DEPTH} levels"
 
 
@@ -439,26 +443,42 @@ class _KnownTools(NamedTuple):
 _take_apart = msgspec.json.Decoder(_Hit).decode
 _decode = msgspec.json.Decoder().decode
 _KNOWN_TOOLS = 16
-_PLACEHOLDER = "flywheel-ray: tools as in an earlier line"
-_PLACEHOLDER_JSON = f'"{_PLACEHOLDER}"'.encode()
 _known_tools: list[_KnownTools] = []
+TOOLS_CUT = "flywheel-ray: tools as in an earlier line"
+"""What stands for tools that were cut out of a line."""
+_TOOLS_CUT_JSON = f'"tools":"{TOOLS_CUT}"'.encode()
+
+
+def cut_tools(text: bytes) -> tuple[bytes, list[Any] | None]:
+    """A line without its tools, and those, where an earlier line had the same text of them; else the line and None.
+
+    `request.tools` of what is left must be `TOOLS_CUT`: then that is where the known text stood. If it is not, the text
+    was part of something else.
+    """
+    at = text.find(b'"tools"')
+    for known in _known_tools if at >= 0 else ():
+        if text.startswith(known.text, at):
+            rest = b"%b%b%b" % (text[:at], _TOOLS_CUT_JSON, text[at + len(known.text) :])
+            # With no other key or text "tools" left, it can be taken for no other.
+            return (rest, known.tools) if rest.find(b'"tools"', at + 7) < 0 else (text, None)
+    return text, None
+
+
+def may_be_deep(text: bytes) -> bool:
+    """Whether JSON may nest deeper than `MAX_DEPTH`: each level has an opening bracket."""
+    return text.count(b"{") + text.count(b"[") > MAX_DEPTH
 
 
 def _hit_of(line: str | bytes) -> dict[str, Any]:
     """A parsed line, its tools taken from an earlier line where they are the same text."""
     text = line if isinstance(line, bytes) else line.encode()
-    at = text.find(b'"tools"')
-    for known in _known_tools if at >= 0 else ():
-        if not text.startswith(known.text, at):
-            continue
-        rest = b'%b"tools":%b%b' % (text[:at], _PLACEHOLDER_JSON, text[at + len(known.text) :])
-        # With no other key or text "tools" left, a placeholder there stands exactly where the known text stood.
-        if rest.find(b'"tools"', at + 7) < 0:
-            hit = _checked(rest)
-            request = hit.get("request")
-            if type(request) is dict and request.get("tools") == _PLACEHOLDER:
-                request["tools"] = known.tools
-                return hit
+    rest, known = cut_tools(text)
+    if known is not None:
+        hit = _checked(rest)
+        request = hit.get("request")
+        if type(request) is dict and request.get("tools") == TOOLS_CUT:
+            request["tools"] = known
+            return hit
     hit = _checked(text)
     if isinstance(tools := hit["request"].get("tools"), list):
         _check_tools(tools)
@@ -470,8 +490,7 @@ def _checked(text: bytes) -> dict[str, Any]:
     data = _decode(text)
     if type(data) is not dict:
         raise _Bad("not an object")
-    # Each level has an opening bracket, and counting them is cheaper than going down.
-    if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _deep(data):
+    if may_be_deep(text) and _deep(data):
         raise _Bad(_TOO_DEEP)
     return data
 
@@ -546,7 +565,7 @@ def _timestamp(value: Any) -> float:
             raise _Bad(f"timestamp is neither epoch seconds nor ISO 8601: {value[:40]!r}") from None
         value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     # False for NaN, and for whole numbers too large for a float.
-    if not _YEAR_1 <= value <= _YEAR_9999:
+    if not FIRST_S <= value <= LAST_S:
         raise _Bad(f"timestamp is not a time in epoch seconds (milliseconds?): {str(value)[:40]}")
     return float(value)
 
@@ -558,7 +577,7 @@ def _read(data: Mapping[str, Any], clean: bool) -> Record:
         client_id, workload_id = _field(data, "client_id", str), _field(data, "workload_id", str)
     if not client_id or not workload_id:
         raise _Bad("client_id or workload_id is empty")
-    if type(timestamp) is not float or not _YEAR_1 <= timestamp <= _YEAR_9999:
+    if type(timestamp) is not float or not FIRST_S <= timestamp <= LAST_S:
         timestamp = _timestamp(_field(data, "timestamp", (int, float, str)))
     request = data.get("request")
     if type(request) is not dict:
@@ -720,7 +739,7 @@ def _completion(response: Mapping[str, Any], latency_s: float | None, strict: bo
             "tool_calls": tool_calls,
             "reasoning": reasoning if clean or reasoning is None else readable(reasoning),
             "refused": refused,
-            "finish_reason": finish if type(finish) is str else None,
+            "finish_reason": (finish if clean else readable(finish)) if type(finish) is str else None,
             "latency_s": latency_s,
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

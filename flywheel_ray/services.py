@@ -92,6 +92,10 @@ class LogStore(Protocol):
         """The records of a part, ordered by (timestamp, id), with the guarantees of `scan`; may be read repeatedly."""
         ...
 
+    def lines(self, part: LogPart) -> Iterator[bytes]:
+        """As `read`, the JSON lines that `records.parse_line` reads: for those who need only some of a record."""
+        ...
+
     def release(self, parts: Iterable[LogPart]) -> None:
         """Let go of what the parts of one `parts` call hold in the store; they cannot be read afterwards."""
         ...

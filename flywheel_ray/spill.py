@@ -2,7 +2,7 @@
 
     with scratch(places.datasets) as folder:
         rows = DiskRows(folder / "part-0")
-        dataset = build(store.scan(query), policy, client_id="acme", workload_id="support", rows=rows)
+        dataset = build(store.lines(part), policy, client_id="acme", workload_id="support", rows=rows)
         dataset.save(places.datasets)
 
 The folder lies beside the datasets, on a disk that every node sees. It goes with the build; what a killed one left

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flywheel_ray.errors import StoreError
-from flywheel_ray.records import Record, Rejected, from_hit
+from flywheel_ray.records import Record, Rejected, from_hit, parse_line
 from flywheel_ray.services import Appended, LogPart, LogQuery, LogStore
 from flywheel_ray.stores import open_store
 
@@ -214,6 +214,7 @@ class LogStoreContract:
         assert sorted(keys([r for part in found for r in part])) == sorted(keys(expected))
         assert len(max(found, key=len)) < 3 * len(expected) / len(parts)
         assert list(store.read(parts[0])) == found[0]
+        assert [parse_line(line) for line in store.lines(parts[0])] == found[0]
         store.release(parts)
 
     def test_parts_of_little(self, store: LogStore) -> None:

@@ -79,7 +79,7 @@ def test_ray_gives_the_same_bytes(places: Places, ray_cluster: None, tmp_path: P
     with sqlite3.connect(places.store) as db:
         db.execute("UPDATE records SET hit = '{}' WHERE seq = 77")
     db.close()
-    with pytest.raises(DatasetError, match=r"a task of the build failed: .*is damaged: client_id is missing"):
+    with pytest.raises(StoreError, match=r"1 stored records are damaged: client_id is missing"):
         prepare(places, QUERY, DatasetPolicy(), out=tmp_path / "broken", engine="ray")
     assert list((tmp_path / "broken").iterdir()) == []
 

@@ -81,7 +81,6 @@ def _builder(work: Work, near: bool) -> Callable[[], Path]:
 
     from flywheel_ray.builds import build
     from flywheel_ray.datasets import DatasetPolicy
-    from flywheel_ray.records import parse_line
     from flywheel_ray.spill import DiskRows, scratch
 
     policy = DatasetPolicy() if near else DatasetPolicy(near_duplicates=None)
@@ -89,8 +88,7 @@ def _builder(work: Work, near: bool) -> Callable[[], Path]:
     def run() -> Path:
         with scratch(work.out) as folder:
             rows = DiskRows(folder / "part-0")
-            records = map(parse_line, work.read())
-            dataset = build(records, policy, client_id=CLIENT_ID, workload_id=SUPPORT, rows=rows)
+            dataset = build(work.read(), policy, client_id=CLIENT_ID, workload_id=SUPPORT, rows=rows)
             return dataset.save(work.out)
 
     return run

@@ -185,12 +185,23 @@ class ElasticsearchStore:
         return [LogPart(state={"query": told, "pit": opened["id"], "slice": s}) for s in slices]
 
     def read(self, part: LogPart) -> Iterator[Record]:
-        """The records of a part, ordered by (timestamp, id).
+        """The records of a part, ordered by (timestamp, id); raises as `lines` does."""
+        for hit in self._hits(part):
+            record = parse_line(_line(hit))
+            if isinstance(record, Rejected):
+                raise StoreError(f"log store {self.name}: record {hit.id} is damaged: {record.reason}")
+            yield record
+
+    def lines(self, part: LogPart) -> Iterator[bytes]:
+        """The records of a part as they were stored, in the same order.
 
         Raises:
             StoreUnavailable: also where the server has lost the point in time, because it was restarted or the reader
                 paused for longer than 10 minutes. What was read is then right but not whole: ask for new parts.
         """
+        return map(_line, self._hits(part))
+
+    def _hits(self, part: LogPart) -> Iterator[_Hit]:
         try:
             query = LogQuery.model_validate(part.state["query"])
             pit, cut = part.state["pit"], part.state["slice"]
@@ -209,8 +220,7 @@ class ElasticsearchStore:
                     "reader paused for over 10 minutes. Read again from the beginning"
                 ) from error
             hits = page.hits.hits
-            for hit in hits:
-                yield self._record(hit)
+            yield from hits
             if len(hits) < size:
                 return
             after, pit = hits[-1].sort, page.pit_id or pit
@@ -435,16 +445,6 @@ class ElasticsearchStore:
             raise StoreUnavailable(f"log store {self.name} answered a search without {page.shards.failed} shards")
         return page
 
-    def _record(self, hit: _Hit) -> Record:
-        record = parse_line(bytes(hit.source))
-        if isinstance(record, Rejected):
-            source = msgspec.json.decode(hit.source)
-            if "escaped" in source:
-                record = parse_line(source["escaped"])
-        if isinstance(record, Rejected):
-            raise StoreError(f"log store {self.name}: record {hit.id} is damaged: {record.reason}")
-        return record
-
     def _count(self, query: LogQuery) -> int:
         def send() -> int:
             answer = self._client.count(index=self.index, query=_filter(query))
@@ -647,6 +647,13 @@ def _first(waiting: deque[tuple[str, bytes]], limit: int) -> list[tuple[str, byt
 
 def _size(bulk: Iterable[tuple[str, bytes]]) -> int:
     return sum(len(document) for _, document in bulk)
+
+
+def _line(hit: _Hit) -> bytes:
+    line = bytes(hit.source)
+    if b'"escaped"' in line and (escaped := msgspec.json.decode(line).get("escaped")) is not None:
+        return str(escaped).encode()
+    return line
 
 
 def _document(record: Record) -> bytes:

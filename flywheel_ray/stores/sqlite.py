@@ -143,6 +143,17 @@ class SqliteStore:
 
     def read(self, part: LogPart) -> Iterator[Record]:
         """The records of a part, ordered by (timestamp, id)."""
+        for id, hit in self._stored(part):
+            record = parse_line(hit)
+            if isinstance(record, Rejected):
+                raise StoreError(f"log store {self.path}: record {id} is damaged: {record.reason}")
+            yield record
+
+    def lines(self, part: LogPart) -> Iterator[bytes]:
+        """The records of a part as they were stored, in the same order."""
+        return (hit for _, hit in self._stored(part))
+
+    def _stored(self, part: LogPart) -> Iterator[tuple[str, bytes]]:
         try:
             query = LogQuery.model_validate(part.state["query"])
             last, key, to = (part.state[name] for name in ("last", "after", "to"))
@@ -167,10 +178,7 @@ class SqliteStore:
                 cursor.close()
             for timestamp, id, hit in page:
                 key = (timestamp, id)
-                record = parse_line(hit)
-                if isinstance(record, Rejected):
-                    raise StoreError(f"log store {self.path}: record {id} is damaged: {record.reason}")
-                yield record
+                yield id, hit
             if not page:
                 return
 
