@@ -190,10 +190,11 @@ class Intake:
         try:
             asked, _ = _encode_sorted(messages), _encode_sorted(choice)
         except (TypeError, ValueError, OverflowError):  # half an emoji, or a very large integer
-            opening, reference, choice = readable(opening), readable(reference), readable(choice)
-            asked = canonical_bytes(readable(messages))
+            opening, messages = readable(opening), readable(messages)
+            reference, choice = readable(reference), readable(choice)
+            asked = canonical_bytes(messages)
         conversation = conversation_of(self._client_id, self._workload_id, opening)
-        self._keep(logged["timestamp"], asked, conversation, toolbox, choice, answer, reference, faults)
+        self._keep(logged["timestamp"], asked, conversation, toolbox, choice, messages, answer, reference, faults)
 
     def add_line(self, text: bytes) -> None:
         """Take a line of a log: `add(parse_line(text))`, and faster where it is a usual one (see `lines`)."""
@@ -223,7 +224,8 @@ class Intake:
         conversation = conversation_named(self._client_id, self._workload_id, opening)
         reference = {"text": answer["text"], "tool_calls": calls}
         asked = _encode_sorted(messages)
-        self._keep(line.timestamp, asked, conversation, toolbox, line.tool_choice, answer, reference, faults)
+        choice = line.tool_choice
+        self._keep(line.timestamp, asked, conversation, toolbox, choice, messages, answer, reference, faults)
 
     def _unusable(self, logged: Mapping[str, Any], answer: Mapping[str, Any]) -> str | None:
         if logged["workload_id"] != self._workload_id or logged["client_id"] != self._client_id:
@@ -274,6 +276,7 @@ class Intake:
         conversation: str,
         toolbox: Toolbox | None,
         choice: Any,
+        messages: Sequence[Any],
         answer: Mapping[str, Any],
         reference: dict[str, Any],
         faults: tuple[str, ...],
@@ -304,7 +307,7 @@ class Intake:
             "id": id.hex(),
             "conversation": conversation,
             "timestamp": timestamp,
-            "messages": _Raw(asked),
+            "messages": messages,
         }
         if tools_id is not None:
             row["tools"] = tools_id
@@ -359,7 +362,6 @@ _CONVERSATION = b'"conversation":"'
 _UNFINISHED = {"length": TRUNCATED, "content_filter": FILTERED, INTERRUPTED: BROKEN_OFF}
 _FIGURES = ("finish_reason", "latency_s", "prompt_tokens", "completion_tokens")
 _TOOLBOXES = 4096
-_Raw = msgspec.Raw
 _encode = msgspec.json.Encoder().encode
-_encode_sorted = msgspec.json.Encoder(order="deterministic").encode
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
 _sha256 = hashlib.sha256

@@ -19,29 +19,29 @@ from flywheel_ray.records import FIRST_S, LAST_S, TEACHER, TOOLS_CUT, cut_tools,
 
 
 class Function(msgspec.Struct, forbid_unknown_fields=True):
-    """What a message's call calls. Fields of these types stand in the order of their names, the canonical one."""
+    """What a message's call calls."""
 
-    arguments: str
     name: str
+    arguments: str
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):
     """A tool call in a message."""
 
-    function: Function
     id: str
     type: Literal["function"]
+    function: Function
 
 
-class Message(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A message, encoded as what `records.normal_messages` makes of it is."""
+class Message(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """A message, encoded as what `records.normal_messages` makes of it is: the fields stand in that order."""
 
+    role: str
     content: str | None
     name: str | None = None
-    refusal: None = None
-    role: str
     tool_call_id: str | None = None
     tool_calls: list[Call] | None = None
+    refusal: None = None
 
 
 class Line(NamedTuple):

@@ -305,14 +305,14 @@ def normal_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[st
     Content becomes text: parts are joined, and an image, sound or file stands in it as `[image_url sha256:…]`, its
     content's hash. `function_call` and the role `function` become tool calls and `tool`. Ids of tool calls, which
     servers draw at random, become `call_<message>_<call>`, so that they neither tell equal requests apart nor fill a
-    prompt with noise. Absent and null fields are the same. Messages of the usual form are returned as they are.
+    prompt with noise. Absent and null fields are the same, and fields stand in the usual order.
     """
     normal: list[dict[str, Any]] = []
     media = 0
     ids: dict[str, str] = {}
     for i, message in enumerate(messages):
         if len(message) == 2 and type(message.get("content")) is str:
-            normal.append(message)  # type: ignore[arg-type]
+            normal.append({"role": message["role"], "content": message["content"]})
             continue
         content = message.get("content")
         if isinstance(content, list):
@@ -331,7 +331,7 @@ def normal_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[st
             fields["tool_call_id"] = ids.get(str(message.get("name")), "")
         elif "tool_call_id" in fields:
             fields["tool_call_id"] = ids.get(str(fields["tool_call_id"]), fields["tool_call_id"])
-        normal.append(fields)
+        normal.append({**{key: fields[key] for key in _MESSAGE if key in fields}, **fields})
     return normal, media
 
 
@@ -422,6 +422,7 @@ class _Bad(Exception):
 
 
 _FAULTS = (_Bad, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
+_MESSAGE = ("role", "content", "name", "tool_call_id", "tool_calls")
 _USUAL = frozenset(("role", "content", "tool_calls"))
 _GATEWAYS = frozenset(("served_by", "exchange_id", "rollout", "arm", "shadow", "error"))
 _LONE = re.compile("[\ud800-\udfff]")

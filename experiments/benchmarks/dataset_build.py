@@ -240,7 +240,7 @@ def _mistakes(work: Work, files: Sequence[Path], answered: bool) -> dict[str, An
 def _name(messages: Iterable[dict[str, Any]]) -> bytes:
     """A request without what servers draw at random: the ids of tool calls."""
     said = [[m["role"], m.get("content"), [c["function"] for c in m.get("tool_calls") or ()]] for m in messages]
-    return _digest(json.dumps(said))
+    return _digest(json.dumps(said, sort_keys=True))
 
 
 def _digest(text: str) -> bytes:
