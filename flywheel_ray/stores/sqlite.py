@@ -62,6 +62,7 @@ _PAGE_ROWS = 500
 _PAGE_BYTES = 8 << 20
 _PART_ROWS = 200  # sharing fewer costs more than reading them
 _PURGE_ROWS = 2000
+_PURGE_PAUSE_S = 0.02
 
 
 class SqliteStore:
@@ -188,8 +189,8 @@ class SqliteStore:
     def purge(self, query: LogQuery) -> int:
         """Delete every record that matches, and say how many were deleted.
 
-        In short transactions, so that writers are not kept waiting; where it raises, some may be deleted. The file
-        keeps its size, and its free pages are used again.
+        In short transactions with pauses as long, so that writers have their turn; where it raises, some may be
+        deleted. The file keeps its size, and its free pages are used again.
         """
         where, values = _where(query)
         chosen = f"SELECT seq FROM records INDEXED BY {_index(query)} WHERE {where} AND seq <= ? LIMIT {_PURGE_ROWS}"
@@ -198,12 +199,15 @@ class SqliteStore:
             with self._lock:
                 (last,) = self._db.execute(_LAST).fetchone()
             while True:
+                begin = time.monotonic()
                 with self._lock, self._transaction():
                     self._db.execute(f"UPDATE purged SET highest = MAX(highest, ({_LAST}))")
                     done = self._db.execute(f"DELETE FROM records WHERE seq IN ({chosen})", (*values, last)).rowcount
                 deleted += done
                 if done < _PURGE_ROWS:
                     return deleted
+                # A writer that waits asks again now and then, and would find the file locked each time.
+                time.sleep(max(_PURGE_PAUSE_S, time.monotonic() - begin))
 
     def count(self, query: LogQuery) -> int:
         """How many records match."""
