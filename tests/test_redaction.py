@@ -545,9 +545,14 @@ HOSTILE = [
 
 
 def seconds(text: str) -> float:
-    start = time.process_time()
-    REDACTOR.redact([user(text)], answer())
-    return time.process_time() - start
+    """The least of three runs of this thread alone: other tests' threads, or a collection of garbage, are not ours."""
+
+    def run() -> float:
+        start = time.thread_time()
+        REDACTOR.redact([user(text)], answer())
+        return time.thread_time() - start
+
+    return min(run() for _ in range(3))
 
 
 @pytest.mark.parametrize("part", HOSTILE)
