@@ -2,7 +2,7 @@
 
     judge = LlmJudge(ask, name="llama-3.3-70b")        # ask: messages in, reply texts out; any endpoint
     judge = RubricJudge()                              # offline, and plainly no LLM
-    judge.score(examples, completions)[0]              # Score(metric="similarity", value=0.8)
+    judge.judge(examples, completions).judgements[0].score        # Score(metric="similarity", value=0.8)
 
 The rubrics are the text files beside this module. A verdict is picked from a closed set, so "10" is ten and "I cannot
 say" is unscored and counted, never 0. Both judges give `tool_calling_correctness` (0 or 1) where the request had tools
@@ -17,12 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from flywheel_ray.datasets import Example
 from flywheel_ray.records import Completion, ToolCall, content_text
 from flywheel_ray.scoring import SIMILARITY, TOOL_CALLING_CORRECTNESS, Score, score_tool_calls
-from flywheel_ray.values import canonical_json
+from flywheel_ray.values import Value, canonical_json
 
 Messages = list[dict[str, Any]]
 Ask = Callable[[Sequence[Messages]], Sequence[str | None]]
@@ -30,6 +32,52 @@ Ask = Callable[[Sequence[Messages]], Sequence[str | None]]
 
 SIMILARITY_SCALE = tuple(range(1, 11))
 CORRECTNESS_SCALE = (0, 1)
+
+
+Order = Literal["reference_first", "candidate_first"]
+
+
+class Verdict(Value):
+    """One reply of a judge. `value` is in [0, 1], None where it is unscored and `reason` says why.
+
+    An absolute verdict has no `order`. A pairwise one has 1 where the candidate is better, 0.5 for a tie and 0 where
+    the reference is better, whichever of the two was shown first.
+    """
+
+    metric: str
+    value: float | None
+    reason: str | None = None
+    order: Order | None = None
+    reference_chars: int = Field(ge=0)
+    """Length of the reference as the judge saw it, in characters."""
+    candidate_chars: int = Field(ge=0)
+
+
+class Judgement(Value):
+    """What a judge says of one completion: the score, and the verdicts it was made of (two for both orders)."""
+
+    score: Score
+    verdicts: tuple[Verdict, ...] = ()
+
+
+class JudgeUsage(Value):
+    """What judging took. `asked` counts questions put to the model, `cached` those answered from earlier verdicts."""
+
+    asked: int = 0
+    cached: int = 0
+    unscored: int = 0
+    """Verdicts without a value: unreadable, refused, off the scale, or no reply."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float | None = None
+    """US dollars for the questions asked; None where no price is configured."""
+
+
+class Judging(Value):
+    """The judgements on some completions, in their order, and what they took."""
+
+    judgements: tuple[Judgement, ...]
+    usage: JudgeUsage = JudgeUsage()
 
 
 class RubricJudge:
@@ -41,9 +89,10 @@ class RubricJudge:
 
     name = "rubric (offline rules, no LLM)"
 
-    def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Score]:
-        """One Score for each pair; every pair can be scored."""
-        return [rubric_score(e, c) for e, c in zip(examples, completions, strict=True)]
+    def judge(self, examples: Sequence[Example], completions: Sequence[Completion]) -> Judging:
+        """One judgement for each pair; every pair can be scored."""
+        pairs = zip(examples, completions, strict=True)
+        return Judging(judgements=tuple(_judgement(e, c, rubric_score(e, c)) for e, c in pairs))
 
 
 class LlmJudge:
@@ -53,11 +102,15 @@ class LlmJudge:
         self._ask = ask
         self.name = f"{name} (LLM)"
 
-    def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Score]:
-        """One Score for each pair, unscored where the model gave no reply or no readable rating."""
+    def judge(self, examples: Sequence[Example], completions: Sequence[Completion]) -> Judging:
+        """One judgement for each pair, unscored where the model gave no reply or no readable rating."""
         pairs = list(zip(examples, completions, strict=True))
         replies = self._ask([judge_messages(e, c) for e, c in pairs])
-        return [read_verdict(metric_of(e), reply) for (e, _), reply in zip(pairs, replies, strict=True)]
+        judgements = tuple(
+            _judgement(e, c, read_verdict(metric_of(e), reply)) for (e, c), reply in zip(pairs, replies, strict=True)
+        )
+        unscored = sum(j.score.value is None for j in judgements)
+        return Judging(judgements=judgements, usage=JudgeUsage(asked=len(pairs), unscored=unscored))
 
 
 def metric_of(example: Example) -> str:
@@ -121,6 +174,17 @@ def _answer(completion: Completion) -> str:
         f"{c.name}({c.arguments if isinstance(c.arguments, str) else json.dumps(c.arguments, ensure_ascii=False)})"
         for c in completion.tool_calls
     )
+
+
+def _judgement(example: Example, completion: Completion, score: Score) -> Judgement:
+    verdict = Verdict(
+        metric=score.metric,
+        value=score.value,
+        reason=score.reason,
+        reference_chars=len(_answer(example.reference)),
+        candidate_chars=len(_answer(completion)),
+    )
+    return Judgement(score=score, verdicts=(verdict,))
 
 
 def _lenient(completion: Completion) -> Completion:

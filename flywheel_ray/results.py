@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from flywheel_ray.candidates import Candidate
+from flywheel_ray.judge import JudgeUsage, Verdict
 from flywheel_ray.records import Completion
 from flywheel_ray.values import Value
 
@@ -32,6 +33,8 @@ class Outcome(Value):
     """None where the model gave no answer at all (`unscored` has the reason)."""
     scores: dict[str, float | None]
     unscored: dict[str, str] = Field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+    """What the judge's score of this row was made of."""
 
 
 class LossPoint(Value):
@@ -64,6 +67,7 @@ class Scored(Value):
     scorer_version: str
     judge: str
     """Which judge gave the judged metrics, e.g. "rubric (offline, no LLM)"."""
+    judging: JudgeUsage = JudgeUsage()
     outcomes: tuple[Outcome, ...]
     shots: tuple[tuple[dict[str, Any], ...], ...] = ()
     """The in-context examples every prompt carried, each a list of messages; serving needs the same ones."""

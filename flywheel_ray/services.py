@@ -18,9 +18,9 @@ from pydantic import Field
 
 from flywheel_ray.candidates import Lora
 from flywheel_ray.datasets import Example
+from flywheel_ray.judge import Judging
 from flywheel_ray.records import Completion, Record
 from flywheel_ray.results import LossPoint
-from flywheel_ray.scoring import Score
 from flywheel_ray.values import Value
 
 
@@ -211,8 +211,8 @@ class Judge(Protocol):
         """What the leaderboard calls this judge; an offline judge says that it is no LLM."""
         ...
 
-    def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Score]:
-        """One judged score for each pair: `tool_calling_correctness` where the request had tools, else `similarity`.
+    def judge(self, examples: Sequence[Example], completions: Sequence[Completion]) -> Judging:
+        """One judgement for each pair: `tool_calling_correctness` where the request had tools, else `similarity`.
 
         An unreadable or refused verdict is a Score of None with its reason. Raises JudgeError where the judge as a
         whole cannot be used.

@@ -17,6 +17,7 @@ from pydantic import Field
 from flywheel_ray.candidates import Candidate, InContext, Lora
 from flywheel_ray.datasets import Dataset, Example
 from flywheel_ray.errors import ChatUnavailable, FlywheelError, PlatformError, PlatformUnavailable
+from flywheel_ray.judge import JudgeUsage
 from flywheel_ray.records import Completion
 from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, Stage, TrainingSummary
 from flywheel_ray.scoring import SCORER_VERSION, TEXT_METRICS, TOOL_METRICS, Score, score_tool_calls
@@ -103,13 +104,15 @@ def run_trial(
             )
             evaluation_s = time.perf_counter() - started
         enter("scoring")
+        outcomes, judging = score_answers(examples, answers, services)
         return Scored(
             key=key,
             candidate=candidate,
             fingerprint=dataset.fingerprint,
             scorer_version=SCORER_VERSION,
             judge=services.judge.name,
-            outcomes=score_answers(examples, answers, services),
+            judging=judging,
+            outcomes=outcomes,
             shots=shots,
             training=training,
             evaluation_s=evaluation_s,
@@ -127,16 +130,17 @@ def run_trial(
 
 def score_answers(
     examples: Sequence[Example], answers: Sequence[Completion | Unanswered], services: Services
-) -> tuple[Outcome, ...]:
+) -> tuple[tuple[Outcome, ...], JudgeUsage]:
     """Score each answer by program and by the judge. An unanswered example keeps its row, unscored, with the reason."""
     answered = [(e, a) for e, a in zip(examples, answers, strict=True) if isinstance(a, Completion)]
-    judged = services.judge.score([e for e, _ in answered], [a for _, a in answered])
-    verdicts = {e.id: score for (e, _), score in zip(answered, judged, strict=True)}
+    judging = services.judge.judge([e for e, _ in answered], [a for _, a in answered])
+    judged = {e.id: judgement for (e, _), judgement in zip(answered, judging.judgements, strict=True)}
     outcomes = []
     for example, answer in zip(examples, answers, strict=True):
         scores: list[Score] = []
-        if isinstance(answer, Completion):
-            scores = [verdicts[example.id]]
+        judgement = judged.get(example.id)
+        if isinstance(answer, Completion) and judgement:
+            scores = [judgement.score]
             if example.tools:
                 scores = [*score_tool_calls(example.reference, answer), *scores]
         metrics = _metrics_of(example)
@@ -149,9 +153,10 @@ def score_answers(
                 unscored={s.metric: s.reason or "unscored" for s in scores if s.value is None}
                 if isinstance(answer, Completion)
                 else dict.fromkeys(metrics, answer.reason),
+                verdicts=judgement.verdicts if judgement else (),
             )
         )
-    return tuple(outcomes)
+    return tuple(outcomes), judging.usage
 
 
 def _metrics_of(example: Example) -> tuple[str, ...]:

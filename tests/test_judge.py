@@ -57,7 +57,10 @@ def test_correctness_verdicts() -> None:
 
 def test_llm_judge_counts_silence_as_unscored() -> None:
     judge = LlmJudge(lambda asked: ["RATING: 9", None], name="m")
-    found = judge.score([example("a"), example("b")], [Completion(text="a"), Completion(text="b")])
+    found = [
+        j.score
+        for j in judge.judge([example("a"), example("b")], [Completion(text="a"), Completion(text="b")]).judgements
+    ]
     assert [s.value for s in found] == [0.9, None]
     assert judge.name == "m (LLM)"
 
@@ -75,7 +78,7 @@ def test_rubric_judge_is_lenient_where_a_person_would_be_and_says_what_it_is() -
     reference = example(tools=TOOLS, calls=(ToolCall(name="f", arguments={"city": "Paris", "n": 2}),))
     close = Completion(tool_calls=(ToolCall(name="f", arguments={"city": " paris", "n": "2"}),))
     wrong = Completion(tool_calls=(ToolCall(name="f", arguments={"city": "Rome", "n": 2}),))
-    assert [s.value for s in judge.score([reference, reference], [close, wrong])] == [1.0, 0.0]
+    assert [j.score.value for j in judge.judge([reference, reference], [close, wrong]).judgements] == [1.0, 0.0]
 
 
 def test_word_overlap() -> None:

@@ -83,7 +83,7 @@ def test_an_llm_judge_behind_an_endpoint() -> None:
         config = config_of(judge={"type": "llm", "url": f"{url}/v1", "model": "j"})
         judge = judge_of(config)
         examples = dataset(30).eval
-        found = judge.score(examples, [e.reference for e in examples])
+        found = [j.score for j in judge.judge(examples, [e.reference for e in examples]).judgements]
     queues = [e.reference.tool_calls[0].arguments for e in examples]
     assert [s.value for s in found] == [1.0 if q == {"queue": "card_arrival"} else None for q in queues]
     assert len(asked) == len(examples) and asked[0]["model"] == "j"
