@@ -121,8 +121,8 @@ def losses_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
 def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row a pair: a teacher's answer and an arm's shadow answer to one exchange, by arm, in order of arrival.
 
-    Columns: exchange_id, arm, timestamp (UTC), each agreement metric (1 or 0; NaN where it does not apply),
-    teacher_latency_s, arm_latency_s, teacher_tokens, arm_tokens (of the completion), error (why the arm gave no
+    Columns: exchange_id, conversation, arm, timestamp (UTC), each agreement metric (1 or 0; NaN where it does not
+    apply), teacher_latency_s, arm_latency_s, teacher_tokens, arm_tokens (of the completion), error (why the arm gave no
     answer), prompt, teacher_answer, arm_answer. Copies that the gateway dropped make no pair: `rollout.report` counts
     them.
     """
@@ -133,6 +133,7 @@ def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
             rows.append(
                 {
                     "exchange_id": pair.teacher.exchange_id,
+                    "conversation": pair.conversation,
                     "arm": arm,
                     "timestamp": pd.Timestamp(pair.teacher.timestamp, unit="s", tz="UTC"),
                     **{metric: pair.agreement(metric) for metric in _PAIR_METRICS},
@@ -148,7 +149,9 @@ def shadow_frame(records: Iterable[Record]) -> pd.DataFrame:
             )
     figures = [*_PAIR_METRICS, "teacher_latency_s", "arm_latency_s", "teacher_tokens", "arm_tokens"]
     words = ["error", "prompt", "teacher_answer", "arm_answer"]
-    return _numeric(pd.DataFrame(rows, columns=["exchange_id", "arm", "timestamp", *figures, *words]), figures)
+    return _numeric(
+        pd.DataFrame(rows, columns=["exchange_id", "conversation", "arm", "timestamp", *figures, *words]), figures
+    )
 
 
 def _trial(result: Scored | Failed) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -332,7 +333,7 @@ def rollout_report_command(
 ) -> None:
     """Compare the arms with the teacher on paired requests, and say what the evidence allows."""
     rollout = load(config, Rollout)
-    found = rollout_report(rollout, _rollout_records(places_of(runs, store), rollout))
+    found = rollout_report(rollout, _rollout_records(places_of(runs, store), rollout), time.time())
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
@@ -412,7 +413,7 @@ def report(
     if rollout_config is not None:
         rollout = load(rollout_config, Rollout)
         records = _rollout_records(places, rollout)
-        live, gates, shadow = rollout_report(rollout, records), rollout.gates, shadow_frame(records)
+        live, gates, shadow = rollout_report(rollout, records, time.time()), rollout.gates, shadow_frame(records)
     results = Ledger(places.ledger).swept(board.fingerprint)
     path = write_report(
         output or places.runs / "report.html", board, results, dataset, rollout_report=live, shadow=shadow, gates=gates

@@ -24,7 +24,8 @@ from flywheel_ray.leaderboard import Leaderboard, Row
 from flywheel_ray.results import Failed, LossPoint, Scored
 from flywheel_ray.rollout import Gates
 from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
-from flywheel_ray.stats import Interval, confidence_sequence, mean_interval
+from flywheel_ray.sequences import bounds, close
+from flywheel_ray.stats import Interval, mean_interval
 
 try:
     import matplotlib
@@ -247,16 +248,22 @@ def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figur
     figure, axes = _figure(6.4, 4.0)
     _margin(axes.axhspan, axes.axhline, gates.margin)
     for i, (arm, rows) in enumerate(scored.groupby("arm")):
-        values = [float(v) for v in rows[gates.metric]]
-        at = np.unique(np.linspace(1, len(values), min(checkpoints, len(values))).astype(int))
-        looks = [confidence_sequence(values[:n], confidence=gates.confidence) for n in at]
+        times = [moment.timestamp() for moment in rows["timestamp"]]
+        paired = close([float(v) - 1 for v in rows[gates.metric]], list(rows["conversation"]), times, gates.idle_s)
+        ended = len(paired.sums)
+        ends = np.unique(np.linspace(1, ended, min(checkpoints, ended)).astype(int))
+        looks = [paired.first(n) for n in ends]
+        band = [bounds(look, gates.confidence, high=0.0) for look in looks]
+        at = [look.n for look in looks]
+        means = [1 + float(look.sums.sum()) / look.n for look in looks]
         colour = SERIES[i % len(SERIES)]
-        axes.fill_between(at, [s.low for s in looks], [s.high for s in looks], color=colour, alpha=0.18, lw=0)
-        last = looks[-1]
-        label = f"{short(str(arm), 30)}: {last.estimate:.1%}, at least {last.low:.1%}"
+        axes.fill_between(
+            at, [1 + low for low, _ in band], [1 + high for _, high in band], color=colour, alpha=0.18, lw=0
+        )
+        label = f"{short(str(arm), 30)}: {means[-1]:.1%}, at least {1 + band[-1][0]:.1%}"
         axes.plot(
             at,
-            [s.estimate for s in looks],
+            means,
             color=colour,
             lw=2,
             label=label,
@@ -268,8 +275,8 @@ def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figur
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("pairs so far, in order of arrival")
-    axes.set_ylabel(f"{words(gates.metric)}, {gates.confidence:.0%} sequence")
+    axes.set_xlabel("pairs so far, as their conversations ended")
+    axes.set_ylabel(f"{words(gates.metric)}, {gates.confidence:.0%} bounds")
     _named(axes)
     return figure
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from flywheel_ray import stats
+from flywheel_ray import sequences, stats
 from flywheel_ray.records import TEACHER, Completion, Record, conversation_of
 from flywheel_ray.scoring import FUNCTION_NAME, FUNCTION_NAME_AND_ARGS, score_tool_calls
 from flywheel_ray.values import Value
@@ -103,9 +103,15 @@ class Gates(Value):
 
     metric: AgreementMetric = "function_name_and_args_accuracy"
     margin: float = Field(default=0.02, ge=0, lt=1)
-    """Disagreement with the teacher that is acceptable."""
+    """Disagreement with the teacher that is acceptable: an arm is promoted once it surely disagrees less often."""
+    rollback_margin: float | None = Field(default=None, ge=0, lt=1)
+    """Disagreement that sends an arm back once it is surely exceeded; None takes `margin`."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """A wrong promotion and a wrong rollback each have probability 1 − confidence at most, over all looks."""
     min_pairs: int = Field(default=50, ge=1)
+    """No promotion before as many pairs."""
+    idle_s: float = Field(default=300, ge=0)
+    """A conversation counts once none of its pairs has come for so long; 0 counts each as it stands, for one look."""
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
 
 
@@ -212,6 +218,11 @@ class Pair(Value):
         """The arm gave no answer, so a user would have got nothing."""
         return self.shadow.error is not None
 
+    @property
+    def conversation(self) -> str:
+        """What groups pairs that are not independent."""
+        return conversation_of(self.teacher.client_id, self.teacher.workload_id, self.teacher.messages)
+
     def agreement(self, metric: str) -> float | None:
         """1 or 0; None where the metric does not apply: tool metrics need tools in the request, exact text none."""
         reference = self.teacher.completion
@@ -225,13 +236,18 @@ class Pair(Value):
 
 
 class Agreement(Value):
-    """How often an arm did what the teacher did. `interval` is for reading once, `sequence` for looking at any time."""
+    """How often an arm did what the teacher did. `interval` is for reading once, `evidence` for looking at any time."""
 
     metric: str
     interval: stats.Interval
-    """Clustered by conversation."""
-    sequence: stats.Interval
-    """Anytime-valid, in order of arrival; decisions rest on this one."""
+    """Of all pairs, clustered by conversation."""
+    evidence: sequences.Evidence
+    """Of the conversations that have ended, at the gates' margins; decisions rest on this one."""
+
+    @property
+    def sequence(self) -> stats.Interval:
+        """Anytime-valid interval of the agreement, on the conversations that have ended."""
+        return self.evidence.difference.shifted(1.0)
 
 
 class Latency(Value):
@@ -292,7 +308,8 @@ class RolloutReport(Value):
     units: dict[str, int] = Field(default_factory=dict)
     """Distinct units by whom they were assigned to first."""
     sample_ratio_p_value: float | None = None
-    """Under the rollout's present weights; None without an A/B. Below 0.001 the assignment or the logging is broken."""
+    """Under the rollout's present weights, valid at every look; None without an A/B. Below 0.001 the assignment or the
+    logging is broken."""
 
     def arm(self, name: str) -> ArmReport:
         """The report of the arm of that name. Raises KeyError."""
@@ -326,10 +343,16 @@ def pairs_of(records: Iterable[Record]) -> dict[str, list[Pair]]:
     return pairs
 
 
-def report(rollout: Rollout, records: Iterable[Record]) -> RolloutReport:
+def report(rollout: Rollout, records: Iterable[Record], as_of: float | None = None) -> RolloutReport:
     """Summarise a rollout's logs; records of other rollouts are passed over. Their order does not matter.
 
     Give it the records of one configuration: logs from before a weight was changed spoil the sample ratio.
+
+    Args:
+        rollout: whose logs to read, and by which gates.
+        records: the logs.
+        as_of: the present, in seconds since the epoch, while traffic goes on: conversations that may still go on are
+            not counted as evidence yet. None: the traffic has ended.
     """
     logged = [r for r in records if r.rollout == rollout.name]
     pairs = pairs_of(logged)
@@ -342,7 +365,7 @@ def report(rollout: Rollout, records: Iterable[Record]) -> RolloutReport:
         exchanges=len({r.exchange_id for r in live}),
         teacher_requests=len(primary),
         teacher_errors=_causes(primary),
-        arms=tuple(_arm_report(rollout, arm, logged, pairs.get(arm.name, [])) for arm in rollout.arms),
+        arms=tuple(_arm_report(rollout, arm, logged, pairs.get(arm.name, []), as_of) for arm in rollout.arms),
         units=units,
         sample_ratio_p_value=_sample_ratio(rollout, units),
     )
@@ -358,22 +381,25 @@ def decide(arm: ArmReport, gates: Gates) -> Decision:
     def say(action: Literal["promote", "hold", "roll_back"], reason: str) -> Decision:
         return Decision(arm=arm.arm, action=action, reason=reason)
 
-    floor, errors = 1 - gates.margin, arm.error_rate
+    errors = arm.error_rate
     if errors is not None and errors.low > gates.max_error_rate:
         return say("roll_back", f"{_errors(errors)}: more than {gates.max_error_rate:.3f} allowed")
     if (found := arm.agreement.get(gates.metric)) is None:
         return say("hold", f"no pair to score by {gates.metric}: {_nothing(arm)}")
-    bounds = found.sequence
-    figures = f"{gates.metric} {bounds.estimate:.3f} in [{bounds.low:.3f}, {bounds.high:.3f}] over {bounds.n} pairs"
-    if bounds.high < floor:
-        return say("roll_back", f"{figures}: surely below {floor:.3f}")
-    if bounds.n < gates.min_pairs:
-        return say("hold", f"{figures}: {gates.min_pairs} pairs are needed")
-    if bounds.low < floor:
-        return say("hold", f"{figures}: not yet surely above {floor:.3f}")
+    floor, seen, evidence = 1 - gates.margin, found.sequence, found.evidence
+    ceiling = floor if gates.rollback_margin is None else 1 - gates.rollback_margin
+    figures = f"{gates.metric} {seen.estimate:.3f} in [{seen.low:.3f}, {seen.high:.3f}] over {seen.n} pairs"
+    if evidence.decision == "roll_back":
+        return say("roll_back", f"{figures}: surely below {ceiling:.3f} since pair {evidence.decided_at}")
+    if evidence.decision is None:
+        waiting = f"; {evidence.open_pairs} wait for their conversations to end" if evidence.open_pairs else ""
+        if seen.n < gates.min_pairs:
+            return say("hold", f"{figures}: {gates.min_pairs} pairs are needed{waiting}")
+        return say("hold", f"{figures}: not yet surely above {floor:.3f}{waiting}")
+    sure = f"{figures}: surely at least {floor:.3f} since pair {evidence.decided_at}"
     if errors is not None and errors.estimate > gates.max_error_rate:
-        return say("hold", f"{figures}, but {_errors(errors)}: more than {gates.max_error_rate:.3f} allowed")
-    return say("promote", f"{figures}: surely at least {floor:.3f}" + (f"; {_errors(errors)}" if errors else ""))
+        return say("hold", f"{sure}, but {_errors(errors)}: more than {gates.max_error_rate:.3f} allowed")
+    return say("promote", sure + (f"; {_errors(errors)}" if errors else ""))
 
 
 def _errors(errors: stats.Interval) -> str:
@@ -388,7 +414,9 @@ def _nothing(arm: ArmReport) -> str:
     return "no shadow copy is in the logs; give the arm a `shadow` share"
 
 
-def _arm_report(rollout: Rollout, arm: Arm, logged: Sequence[Record], pairs: Sequence[Pair]) -> ArmReport:
+def _arm_report(
+    rollout: Rollout, arm: Arm, logged: Sequence[Record], pairs: Sequence[Pair], as_of: float | None
+) -> ArmReport:
     mine = sorted((r for r in logged if r.arm == arm.name), key=_arrival)
     copies = [r for r in mine if r.shadow]
     live = [r for r in mine if not r.shadow]
@@ -407,23 +435,32 @@ def _arm_report(rollout: Rollout, arm: Arm, logged: Sequence[Record], pairs: Seq
         pairs=len(pairs),
         unpaired=len(reached) - len(pairs),
         unscored=sum(p.agreement(rollout.gates.metric) is None for p in pairs),
-        agreement={m: a for m in metrics if (a := _agreement(m, pairs, rollout.gates.confidence)) is not None},
-        error_rate=stats.confidence_sequence(failed, confidence=rollout.gates.confidence) if failed else None,
+        agreement={m: a for m in metrics if (a := _agreement(m, pairs, rollout.gates, as_of)) is not None},
+        error_rate=sequences.confidence_sequence(failed, confidence=rollout.gates.confidence) if failed else None,
         latency=_latency(pairs),
         tokens=_tokens(pairs),
     )
 
 
-def _agreement(metric: str, pairs: Sequence[Pair], confidence: float) -> Agreement | None:
+def _agreement(metric: str, pairs: Sequence[Pair], gates: Gates, as_of: float | None) -> Agreement | None:
     scored = [(p, value) for p in pairs if (value := p.agreement(metric)) is not None]
     if not scored:
         return None
     values = [value for _, value in scored]
-    conversations = [_conversation(p.teacher) for p, _ in scored]
+    conversations = [p.conversation for p, _ in scored]
+    ended = sequences.close(
+        [value - 1.0 for value in values],  # the teacher agrees with itself
+        conversations,
+        [p.shadow.timestamp for p, _ in scored],
+        gates.idle_s,
+        as_of,
+    )
     return Agreement(
         metric=metric,
-        interval=stats.mean_interval(values, conversations, confidence),
-        sequence=stats.confidence_sequence(values, confidence=confidence),
+        interval=stats.mean_interval(values, conversations, gates.confidence),
+        evidence=sequences.weigh(
+            ended, gates.margin, gates.rollback_margin, gates.confidence, gates.min_pairs, high=0.0
+        ),
     )
 
 
@@ -472,7 +509,9 @@ def _sample_ratio(rollout: Rollout, units: Mapping[str, int]) -> float | None:
     rest = 1 - sum(weights.values())
     if rest > 1e-9:
         weights[TEACHER] = rest
-    return stats.sample_ratio_p_value([units.get(name, 0) for name in weights], list(weights.values()))
+    return min(
+        1.0, 1 / sequences.sample_ratio_e_value([units.get(name, 0) for name in weights], list(weights.values()))
+    )
 
 
 def _reached(record: Record) -> bool:
@@ -485,10 +524,6 @@ def _arrival(record: Record) -> tuple[float, str, str]:
 
 def _causes(records: Iterable[Record]) -> dict[str, int]:
     return dict(sorted(Counter(r.error for r in records if r.error).items()))
-
-
-def _conversation(record: Record) -> str:
-    return conversation_of(record.client_id, record.workload_id, record.messages)
 
 
 def _malformed(completion: Completion) -> bool:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flywheel_ray"
 
 PURE = ["errors", "values", "records", "toolbox", "redaction", "near_duplicates", "splits", "datasets", "formats",
-        "lines", "intake", "builds", "shots", "candidates", "scoring", "judge", "stats", "results", "leaderboard",
+        "lines", "intake", "builds", "shots", "candidates", "scoring", "judge", "stats", "sequences", "results", "leaderboard",
         "rollout"]  # fmt: skip
 SEAMS = ["services", "config", "trial"]
 IO = ["stores", "spill", "presidio", "chat", "platforms", "ledger"]
