@@ -46,8 +46,8 @@ def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
 
     Columns: key, label, status ("scored" or "failed"), model, evaluation, adaptation and its parameters (`rank`,
     `shots`, …), each metric as `m`, `m_low`, `m_high`, `m_n` and `m_unscored`, latency_p50_s, latency_p95_s (s),
-    prompt_tokens, completion_tokens (means), usd_per_1000, pareto, train_s, evaluation_s, judge, stage, error,
-    latest_sweep, fingerprint.
+    prompt_tokens, completion_tokens (means), usd_per_1000, usd_per_1000_successes, p_value, pareto, dominated_by (as
+    `leaderboard.Row` says), train_s, evaluation_s, judge, stage, error, latest_sweep, fingerprint.
     Prices are those of the latest sweep on the dataset.
 
     Args:
@@ -65,7 +65,8 @@ def trials_frame(ledger: Ledger, fingerprint: str | None = None) -> pd.DataFrame
         row |= {"latest_sweep": row["key"] in recent, "fingerprint": fingerprint}
     metrics = [f"{name}{part}" for name in board.teacher.scores for part in ("", "_low", "_high", "_n", "_unscored")]
     head = ["key", "label", "status", "model", "evaluation", "adaptation"]
-    costs = ["latency_p50_s", "latency_p95_s", "prompt_tokens", "completion_tokens", "usd_per_1000", "pareto"]
+    costs = ["p_value", "latency_p50_s", "latency_p95_s", "prompt_tokens", "completion_tokens", "usd_per_1000"]
+    costs += ["usd_per_1000_successes", "pareto", "dominated_by"]
     tail = ["train_s", "evaluation_s", "judge", "stage", "error", "latest_sweep", "fingerprint"]
     known = dict.fromkeys([*head, *metrics, *costs, *tail])
     parameters = list(dict.fromkeys(name for row in rows for name in row if name not in known))
@@ -179,7 +180,8 @@ def _figures(row: Row) -> dict[str, Any]:
         figures[f"{name}_n"] = interval.n if interval else 0
         if interval:
             figures |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return figures | row.cost.model_dump()
+    figures |= {"p_value": row.p_value, "dominated_by": row.dominated_by}
+    return figures | row.cost.model_dump() | {"usd_per_1000_successes": row.usd_per_1000_successes}
 
 
 def _numeric(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

@@ -15,11 +15,13 @@ import json
 import os
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
 
 import httpx
@@ -49,6 +51,7 @@ class HttpChat:
         retries: int = 3,
         generation: Generation | None = None,
         backoff_s: float = 0.5,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +63,7 @@ class HttpChat:
             retries: repetitions after the first attempt.
             generation: limits sent with every prompt; None leaves them to the server.
             backoff_s: longest first pause; doubles with each repetition. `Retry-After` overrides it.
+            extra_body: more fields of every request, e.g. {"response_format": {…}}.
         """
         self.url = url.rstrip("/")
         self.model = model
@@ -69,11 +73,20 @@ class HttpChat:
         self.retries = retries
         self.generation = generation
         self.backoff_s = backoff_s
+        self.extra_body = dict(extra_body or {})
 
     def complete(
-        self, prompts: Sequence[ChatPrompt], on_done: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[ChatPrompt],
+        on_done: Callable[[int], None] | None = None,
+        on_answer: Callable[[int, Completion | Unanswered], None] | None = None,
     ) -> list[Completion | Unanswered]:
         """Answer every prompt, in order; see `ChatModel.complete`.
+
+        Args:
+            prompts: what to answer.
+            on_done: called with the number answered so far.
+            on_answer: called with a prompt's position and its answer as soon as it is there, in the caller's thread.
 
         Raises:
             ChatUnavailable: nothing listens at the URL, or no prompt was answered because of 429, 5xx or time-outs.
@@ -83,16 +96,20 @@ class HttpChat:
             return []
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         timeout = httpx.Timeout(self.timeout_s, connect=min(10.0, self.timeout_s))
+        headers = auth_header(self.api_key_env, self.url)
         stop = threading.Event()
         answers: list[Completion | _Trouble] = [_Trouble("not asked")] * len(prompts)
         with (
-            httpx.Client(limits=limits, timeout=timeout, headers=auth_header(self.api_key_env, self.url)) as client,
+            httpx.Client(limits=limits, timeout=timeout, headers=headers, verify=_certificates()) as client,
             ThreadPoolExecutor(self.concurrency, thread_name_prefix="chat") as pool,
         ):
             futures = {pool.submit(self._ask, client, prompt, stop): i for i, prompt in enumerate(prompts)}
             try:
                 for done, future in enumerate(as_completed(futures), start=1):
-                    answers[futures[future]] = future.result()
+                    i = futures[future]
+                    answers[i] = answer = future.result()
+                    if on_answer:
+                        on_answer(i, _answer(answer))
                     if on_done:
                         on_done(done)
             except BaseException:
@@ -102,7 +119,7 @@ class HttpChat:
         troubles = [a for a in answers if isinstance(a, _Trouble)]
         if len(troubles) == len(answers) and all(t.kind is not None for t in troubles):
             raise (troubles[0].kind or ChatError)(f"{self._where}: {troubles[0].reason} (so for every prompt)")
-        return [Unanswered(reason=a.reason) if isinstance(a, _Trouble) else a for a in answers]
+        return [_answer(a) for a in answers]
 
     @property
     def _where(self) -> str:
@@ -147,14 +164,14 @@ class HttpChat:
             body["tools"] = list(prompt.tools)
         if self.generation is not None:
             body |= self.generation.model_dump()
-        return body
+        return body | self.extra_body
 
     def _read(self, response: httpx.Response, latency_s: float) -> Completion | _Trouble:
         status = response.status_code
         if remedy := _REMEDY.get(status):
             raise ChatError(f"{self._where}: HTTP {status}: {_said(response)}; {remedy}")
         if status != 200:
-            return _Trouble(f"HTTP {status}: {_said(response)}")
+            return _Trouble(f"HTTP {status}: {_said(response)}", status=status)
         try:
             data = response.json()
         except ValueError:
@@ -165,11 +182,31 @@ class HttpChat:
         return _Trouble(f"the answer is no chat completion: {found.reason}") if isinstance(found, Rejected) else found
 
 
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once a process: it takes longer than a request."""
+    return httpx.create_ssl_context()
+
+
+class BadRequest(Unanswered):
+    """A prompt that the endpoint will not take in this form, and its HTTP status (400, 413, 422, …)."""
+
+    status: int
+
+
 class _Trouble:
     """Why one prompt has no answer; `kind` is the error it becomes where it befell every prompt."""
 
-    def __init__(self, reason: str, kind: type[ChatError] | None = None) -> None:
-        self.reason, self.kind = reason, kind
+    def __init__(self, reason: str, kind: type[ChatError] | None = None, status: int | None = None) -> None:
+        self.reason, self.kind, self.status = reason, kind, status
+
+
+def _answer(found: Completion | _Trouble) -> Completion | Unanswered:
+    if isinstance(found, Completion):
+        return found
+    if found.status is not None:
+        return BadRequest(reason=found.reason, status=found.status)
+    return Unanswered(reason=found.reason)
 
 
 def auth_header(api_key_env: str | None, url: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from flywheel_ray import __version__
 from flywheel_ray.cli_data import dataset_app, logs_app, prepared, show_counts
+from flywheel_ray.cli_judge import judge_app, label
 from flywheel_ray.config import Places, SweepConfig, load
 from flywheel_ray.console import (
     RUNS,
@@ -31,6 +32,7 @@ from flywheel_ray.console import (
     StoreOption,
     err,
     escaped,
+    fingerprint_of,
     opened,
     out,
     places_of,
@@ -59,6 +61,8 @@ app = typer.Typer(
 rollout_app = typer.Typer(no_args_is_help=True, help="Look at live comparisons.")
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(logs_app, name="logs")
+app.add_typer(judge_app, name="judge")
+app.command()(label)
 app.add_typer(rollout_app, name="rollout")
 
 FingerprintOption = Annotated[
@@ -194,20 +198,9 @@ def sweep(
         raise LedgerError(f"every trial failed; first: {first.candidate.label}, {first.stage}: {first.error}")
 
 
-def _fingerprint(ledger: Ledger, prefix: str | None) -> str:
-    if prefix is None:
-        return ledger.latest()
-    known = ledger.fingerprints()
-    found = [name for name in known if name.startswith(prefix)]
-    if len(found) != 1:
-        listed = ", ".join(known) or "none"
-        raise LedgerError(f"{len(found)} datasets in ledger {ledger.url} start with {prefix!r}; it has {listed}")
-    return found[0]
-
-
 def _board(places: Places, prefix: str | None) -> Leaderboard:
     ledger = Ledger(places.ledger)
-    fingerprint = _fingerprint(ledger, prefix)
+    fingerprint = fingerprint_of(ledger, prefix)
     return ledger.board(fingerprint, load_dataset(places.datasets / fingerprint).eval)
 
 
@@ -234,34 +227,42 @@ def _print_board(board: Leaderboard) -> None:
     for column in ("candidate", "evaluation"):
         table.add_column(column)
     numbers = [*(m.replace("_accuracy", "\n_accuracy").replace("_correctness", "\n_correctness") for m in metrics), "n"]
-    numbers += ["unscored"] * unscored + ["latency s\np50 / p95", "tokens\nin / out", "$ per\n1,000", "key"]
+    calibrated = any(row.calibrated for row in board.rows)
+    numbers += ["corrected\nby labels"] * calibrated + ["unscored"] * unscored
+    numbers += ["p", "latency s\np50 / p95", "tokens\nin / out", "$ per\n1,000", "$ per\n1,000 right", "key"]
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     for row in (board.teacher, *board.rows):
-        table.add_row(*_cells(row, metrics, unscored), style="dim" if row.key == TEACHER else None)
+        table.add_row(*_cells(row, metrics, unscored, calibrated), style="dim" if row.key == TEACHER else None)
     console.print(table)
     for failed in board.failed:
         console.print(
             f"[red]failed[/] {failed.candidate.label} at {failed.stage}: {escaped(failed.error)}", highlight=False
         )
     console.print(
-        f"{board.verdict}\njudge: {board.judge or 'none'}; * nothing is both better and cheaper", highlight=False
+        f"{board.verdict}\njudge: {board.judge or 'none'}\np: of being worse than the teacher by {board.margin:.0%} or "
+        "more, adjusted for the number of candidates\n* nothing is both better and cheaper, "
+        "† a cheaper one is surely no worse by the margin",
+        highlight=False,
     )
 
 
-def _cells(row: Row, metrics: Sequence[str], unscored: bool) -> list[str]:
+def _cells(row: Row, metrics: Sequence[str], unscored: bool, calibrated: bool) -> list[str]:
     cost = row.cost
     latency = "" if cost.latency_p50_s is None else f"{cost.latency_p50_s:.2f} / {cost.latency_p95_s or 0:.2f}"
     tokens = "" if cost.prompt_tokens is None else f"{cost.prompt_tokens:.0f} / {cost.completion_tokens or 0:.0f}"
     return [
-        row.label + (" *" if row.pareto else ""),
+        row.label + (" *" if row.pareto else " †" if row.dominated_by else ""),
         row.evaluation,
         *(_interval(row.scores[m], reference=row.key == TEACHER) for m in metrics),
         str(row.quality.n) if row.quality else "0",
+        *[_interval(row.quality) if row.calibrated else ""] * calibrated,
         *[str(max(row.unscored.values(), default=0))] * unscored,
+        "" if row.p_value is None else f"{row.p_value:.2g}",
         latency,
         tokens,
         "" if cost.usd_per_1000 is None else f"{cost.usd_per_1000:.4f}",
+        "" if row.usd_per_1000_successes is None else f"{row.usd_per_1000_successes:.4f}",
         "" if row.key == TEACHER else row.key[:8],
     ]
 

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from flywheel_ray.candidates import SearchSpace
 from flywheel_ray.datasets import DatasetPolicy
 from flywheel_ray.errors import ConfigError
+from flywheel_ray.judge import JudgeSettings, Rubrics
 from flywheel_ray.leaderboard import LeaderboardSettings
-from flywheel_ray.results import Price
+from flywheel_ray.prices import Price, TokenPrice
+from flywheel_ray.scoring import Strictness
 from flywheel_ray.services import Generation
+from flywheel_ray.text_scoring import TextMetric
 from flywheel_ray.values import Value
 
 Config = TypeVar("Config", bound=Value)
@@ -101,16 +104,41 @@ class RubricJudgeConfig(Value):
     type: Literal["rubric"] = "rubric"
 
 
-class LlmJudgeConfig(Value):
-    """Judge by a model behind an OpenAI-compatible endpoint."""
+class RubricFiles(Rubrics):
+    """The user's own rubrics, each a text file; a relative path starts at the current folder.
+
+    The text is read here and travels with the configuration, so that workers need no file and the ledger keeps it.
+    """
+
+    @field_validator("similarity", "tool_calling", "preference", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return {"path": value, "text": Path(value).read_text(encoding="utf-8")}
+        except OSError as error:
+            raise ValueError(f"the rubric cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise ValueError("the rubric is not UTF-8 text") from None
+
+
+class LlmJudgeConfig(JudgeSettings):
+    """Judge by a model behind an OpenAI-compatible endpoint; what decides its verdicts is in `JudgeSettings`."""
 
     type: Literal["llm"] = "llm"
     url: str
-    model: str
     api_key_env: str | None = None
     """Name of the environment variable that holds the key."""
+    rubrics: RubricFiles = RubricFiles()
     timeout_s: float = Field(default=60, gt=0)
     concurrency: int = Field(default=8, ge=1)
+    retries: int = Field(default=3, ge=0)
+    """Repetitions of a request that met 429, 5xx or no connection."""
+    cache: str | None = "verdicts.sqlite"
+    """File of verdicts, relative to the folder of runs; null keeps none."""
+    price: TokenPrice | None = None
+    """Of the judge's tokens, to say what judging cost."""
 
 
 JudgeConfig = Annotated[RubricJudgeConfig | LlmJudgeConfig, Field(discriminator="type")]
@@ -141,14 +169,29 @@ class SweepConfig(Value):
     search: SearchSpace
     platform: PlatformConfig = LocalPlatformConfig()
     judge: JudgeConfig = RubricJudgeConfig()
+    strictness: Strictness = "exact"
+    """Which tool-call arguments count as equal (see `scoring.Strictness`)."""
+    text_metrics: tuple[TextMetric, ...] = ("exact_text", "token_f1")
+    """What is computed for examples without tools, beside the judge's `similarity`."""
     generation: Generation = Generation()
     max_eval_records: int | None = Field(default=None, ge=1)
+    repeats: int = Field(default=1, ge=1)
+    """Answers to each evaluation example; more than one needs a temperature above 0."""
     resources: TrialResources = TrialResources()
     max_concurrent: int | None = Field(default=None, ge=1)
     """Trials at a time; None lets the resources decide."""
     leaderboard: LeaderboardSettings = LeaderboardSettings()
     prices: dict[str, Price] = Field(default_factory=dict)
     """Price by model name; "teacher" is the model in production."""
+
+    @model_validator(mode="after")
+    def _check_repeats(self) -> SweepConfig:
+        if self.repeats > 1 and self.generation.temperature == 0:
+            raise ValueError(
+                f"repeats is {self.repeats} and generation.temperature 0, which gives the same answer every time; "
+                "raise the temperature or drop repeats"
+            )
+        return self
 
 
 def load(path: str | Path, kind: type[Config]) -> Config:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from flywheel_ray.config import Places
-from flywheel_ray.errors import ConfigError
+from flywheel_ray.errors import ConfigError, LedgerError
+from flywheel_ray.ledger import Ledger
 from flywheel_ray.services import LogStore
 from flywheel_ray.stores import open_store
 
@@ -88,3 +89,19 @@ def print_json(data: Any) -> None:
 def escaped(text: str) -> str:
     """Text in which brackets are no markup."""
     return escape(text)
+
+
+def fingerprint_of(ledger: Ledger, prefix: str | None) -> str:
+    """The one dataset in the ledger that starts with `prefix`, or without one that of the latest results.
+
+    Raises:
+        LedgerError: none or several start with it.
+    """
+    if prefix is None:
+        return ledger.latest()
+    known = ledger.fingerprints()
+    found = [name for name in known if name.startswith(prefix)]
+    if len(found) != 1:
+        listed = ", ".join(known) or "none"
+        raise LedgerError(f"{len(found)} datasets in ledger {ledger.url} start with {prefix!r}; it has {listed}")
+    return found[0]

@@ -11,16 +11,33 @@ agreement with the teacher. Only `Scored` trials are ranked; failed ones are lis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from pydantic import Field
+from scipy import special
 
 from flywheel_ray.datasets import Example
 from flywheel_ray.errors import LedgerError
+from flywheel_ray.judge import PREFERENCE
 from flywheel_ray.records import TEACHER, Completion
-from flywheel_ray.results import Cost, Failed, Price, Scored, cost_of
-from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY
-from flywheel_ray.stats import Interval, mean_interval
+from flywheel_ray.results import Cost, Failed, Outcome, Price, Scored, cost_of
+from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
+from flywheel_ray.stats import (
+    Interval,
+    design_effect,
+    holm,
+    mean_interval,
+    non_inferiority,
+    paired_difference,
+    pairs_needed,
+)
 from flywheel_ray.values import Value
+
+JUDGED = (SIMILARITY, TOOL_CALLING_CORRECTNESS, PREFERENCE)
+"""Metrics that a judge gives: an opinion, until labels say how good it is."""
+
+POWER = 0.8
+"""Probability of a verdict on as many records as a leaderboard asks for."""
 
 
 class Row(Value):
@@ -31,18 +48,39 @@ class Row(Value):
     model: str
     evaluation: str
     quality: Interval | None
+    """Of the ranked metric; where labels correct a judge, the corrected one."""
+    calibrated: bool = False
+    """True where `quality` is a judge's, corrected by labels (prediction-powered inference)."""
+    difference: Interval | None = None
+    """Candidate − teacher on the same examples. An example the candidate did not answer counts as wrong here."""
+    p_value: float | None = None
+    """Of "worse than the teacher by the margin or more", one-sided, adjusted for the number of candidates (Holm)."""
     scores: dict[str, Interval | None]
     unscored: dict[str, int]
     """Rows without a value, for each metric: counted beside the mean, never inside it."""
     cost: Cost
+    usd_per_1000_successes: float | None = None
+    """What 1,000 right answers cost: the cost of 1,000 answers over the quality; None without a price or a success."""
     train_s: float | None = None
     evaluation_s: float | None = None
     pareto: bool = False
-    """True where no other row is both better and cheaper."""
+    """True where no other row is both better and cheaper, as measured."""
+    dominated_by: str | None = None
+    """Key of a cheaper candidate that is surely better, or surely no worse by the margin, on the same examples."""
 
 
-class Leaderboard(Value):
-    """The ranking on one dataset. `verdict` says in a sentence what may be claimed."""
+class Recommendation(Value):
+    """What may be claimed: `verdict` says it in a sentence."""
+
+    status: Literal["winner", "not_enough_evidence", "uncalibrated_judge", "none"]
+    winner: str | None = None
+    verdict: str
+    records_needed: int | None = None
+    """About how many more held-out records would settle it, where that is what is missing."""
+
+
+class Leaderboard(Recommendation):
+    """The ranking on one dataset, and what may be claimed of it."""
 
     fingerprint: str
     metric: str
@@ -51,8 +89,6 @@ class Leaderboard(Value):
     teacher: Row
     rows: tuple[Row, ...]
     failed: tuple[Failed, ...] = ()
-    winner: str | None = None
-    verdict: str = ""
 
 
 def leaderboard(
@@ -62,6 +98,8 @@ def leaderboard(
     prices: Mapping[str, Price] | None = None,
     margin: float = 0.02,
     confidence: float = 0.95,
+    corrected: Mapping[str, Mapping[str, Interval]] | None = None,
+    trust_judge: bool = False,
 ) -> Leaderboard:
     """Rank results of one dataset.
 
@@ -71,7 +109,9 @@ def leaderboard(
         metric: what to rank by; None takes args accuracy where there are tools, else similarity.
         prices: price by model name, and under "teacher" the teacher's.
         margin: how much worse than the teacher a candidate may be and still replace it, in points of the metric / 100.
-        confidence: of every interval.
+        confidence: of every interval; a winner is claimed in error with probability (1 − confidence)/2 at most.
+        corrected: judged metric → key → the quality that people's labels correct the judge's to.
+        trust_judge: name a winner by a judge that no labels correct.
 
     Raises:
         LedgerError: the results are of different datasets, or none carries the metric.
@@ -86,10 +126,26 @@ def leaderboard(
         metric = FUNCTION_NAME_AND_ARGS if not carried or FUNCTION_NAME_AND_ARGS in carried else SIMILARITY
     elif scored and metric not in carried:
         raise LedgerError(f"no trial carries the metric {metric!r}; there are: {', '.join(carried)}")
-    rows = [_row(r, metric, carried, prices.get(r.candidate.model), confidence) for r in scored]
-    rows = [row.model_copy(update={"pareto": _on_front(row, rows)}) for row in rows]
+    known = (corrected or {}).get(metric, {}) if metric in JUDGED else {}
+    trusted = trust_judge or metric not in JUDGED
+    rows = [
+        _row(r, metric, carried, prices.get(r.candidate.model), margin, confidence, known.get(r.key), trusted)
+        for r in scored
+    ]
+    tested = [row for row in rows if row.p_value is not None]
+    adjusted = dict(zip([row.key for row in tested], holm([row.p_value or 0.0 for row in tested]), strict=True))
+    rows = [
+        row.model_copy(
+            update={
+                "p_value": adjusted.get(row.key),
+                "pareto": _on_front(row, rows),
+                "dominated_by": _dominated_by(row, rows, {r.key: r for r in scored}, metric, margin, confidence),
+            }
+        )
+        for row in rows
+    ]
     rows.sort(key=lambda r: (-(r.quality.estimate if r.quality else -1.0), r.cost.usd_per_1000 or 0.0, r.key))
-    winner, verdict = _recommend(rows, metric, margin)
+    found = _recommend(rows, {r.key: r for r in scored}, metric, margin, confidence)
     judges = list(dict.fromkeys(r.judge for r in scored))
     return Leaderboard(
         fingerprint=fingerprints.pop(),
@@ -99,24 +155,48 @@ def leaderboard(
         teacher=_teacher_row([e.reference for e in evaluation], metric, carried, prices.get(TEACHER)),
         rows=tuple(rows),
         failed=tuple(r for r in results if isinstance(r, Failed)),
-        winner=winner,
-        verdict=verdict,
+        **found.model_dump(),
     )
 
 
-def _row(result: Scored, metric: str, metrics: Sequence[str], price: Price | None, confidence: float) -> Row:
+def teacher_score(metric: str) -> float:
+    """What the teacher itself scores: it agrees with itself, and is preferred to itself half of the time."""
+    return 0.5 if metric == PREFERENCE else 1.0
+
+
+def _row(
+    result: Scored,
+    metric: str,
+    metrics: Sequence[str],
+    price: Price | None,
+    margin: float,
+    confidence: float,
+    corrected: Interval | None,
+    trusted: bool,
+) -> Row:
     scores = {name: _interval(result, name, confidence) for name in metrics}
+    quality = corrected or scores.get(metric)
     answered = [o.completion for o in result.outcomes if o.completion is not None]
     rate = len(answered) / result.evaluation_s * 3600 if result.evaluation_s > 0 and answered else None
+    cost = cost_of(answered, price, rate)
+    difference, p_value = _against_teacher(result, metric, margin, confidence, corrected)
+    if corrected is None and not trusted:
+        p_value = None  # of an opinion nothing is known
     return Row(
         key=result.key,
         label=result.candidate.label,
         model=result.candidate.model,
         evaluation=result.candidate.evaluation,
-        quality=scores.get(metric),
+        quality=quality,
+        calibrated=corrected is not None,
+        difference=difference,
+        p_value=p_value,
         scores=scores,
         unscored={name: sum(name in o.unscored for o in result.outcomes) for name in metrics},
-        cost=cost_of(answered, price, rate),
+        cost=cost,
+        usd_per_1000_successes=cost.usd_per_1000 / quality.estimate
+        if cost.usd_per_1000 is not None and quality and quality.estimate > 0
+        else None,
         train_s=result.training.train_s if result.training else None,
         evaluation_s=result.evaluation_s,
     )
@@ -125,6 +205,31 @@ def _row(result: Scored, metric: str, metrics: Sequence[str], price: Price | Non
 def _interval(result: Scored, metric: str, confidence: float) -> Interval | None:
     pairs = [(v, o.conversation) for o in result.outcomes if (v := o.scores.get(metric)) is not None]
     return mean_interval([v for v, _ in pairs], [c for _, c in pairs], confidence) if pairs else None
+
+
+def _against_teacher(
+    result: Scored, metric: str, margin: float, confidence: float, corrected: Interval | None
+) -> tuple[Interval | None, float | None]:
+    teacher = teacher_score(metric)
+    if corrected is not None:
+        error = (corrected.high - corrected.low) / 2 / float(special.ndtri(0.5 + confidence / 2))
+        above = corrected.estimate - teacher + margin
+        return corrected.shifted(-teacher), float(special.ndtr(-above / error)) if error > 0 else float(above <= 0)
+    values, conversations = _claimed(result, metric)
+    if not values:
+        return None, None
+    found = non_inferiority(values, [teacher] * len(values), margin, conversations, confidence)
+    return found.difference, found.p_value
+
+
+def _claimed(result: Scored, metric: str) -> tuple[list[float], list[str]]:
+    """Scores as a claim may use them: what was not answered is wrong, what could not be judged is left out."""
+    rows = [(_claim(o, metric), o.conversation) for o in result.outcomes if metric in o.scores]
+    return [v for v, _ in rows if v is not None], [c for v, c in rows if v is not None]
+
+
+def _claim(outcome: Outcome, metric: str) -> float | None:
+    return 0.0 if outcome.completion is None else outcome.scores.get(metric)
 
 
 def _teacher_row(answers: Sequence[Completion], metric: str, metrics: Sequence[str], price: Price | None) -> Row:
@@ -141,10 +246,15 @@ def _teacher_row(answers: Sequence[Completion], metric: str, metrics: Sequence[s
     )
 
 
+def _price(row: Row) -> float | None:
+    """What makes a row cheap: dollars, or where nobody configured any the latency."""
+    return row.cost.usd_per_1000 if row.cost.usd_per_1000 is not None else row.cost.latency_p50_s
+
+
 def _on_front(row: Row, rows: Sequence[Row]) -> bool:
     def point(r: Row) -> tuple[float, float] | None:
-        cost = r.cost.usd_per_1000 if r.cost.usd_per_1000 is not None else r.cost.latency_p50_s
-        return None if r.quality is None or cost is None else (r.quality.estimate, -cost)
+        price = _price(r)
+        return None if r.quality is None or price is None else (r.quality.estimate, -price)
 
     mine = point(row)
     others = [p for r in rows if (p := point(r)) is not None]
@@ -153,32 +263,119 @@ def _on_front(row: Row, rows: Sequence[Row]) -> bool:
     return not any(p != mine and p[0] >= mine[0] and p[1] >= mine[1] for p in others)
 
 
-def _recommend(rows: Sequence[Row], metric: str, margin: float) -> tuple[str | None, str]:
-    """The cheapest row whose interval lies above 1 − margin; otherwise no winner and what is missing."""
-    ranked = [r for r in rows if r.quality is not None]
+def _dominated_by(
+    row: Row, rows: Sequence[Row], results: Mapping[str, Scored], metric: str, margin: float, confidence: float
+) -> str | None:
+    """The cheapest row that makes this one pointless: sure on paired examples, so noise dominates nobody."""
+    mine = _price(row)
+    if mine is None or row.quality is None:
+        return None
+    for other in sorted(
+        (r for r in rows if r.key != row.key and _price(r) is not None), key=lambda r: _price(r) or 0.0
+    ):
+        price = _price(other) or 0.0
+        if price > mine or (found := _between(results[other.key], results[row.key], metric, confidence)) is None:
+            continue
+        if found.low > 0 or (price < mine and found.low >= -margin):
+            return other.key
+    return None
+
+
+def _between(one: Scored, other: Scored, metric: str, confidence: float) -> Interval | None:
+    """Mean of one − other over the examples that both have a score for, repeats of an example averaged first."""
+    scores: list[dict[str, list[float]]] = [{}, {}]
+    conversation = {}
+    for side, result in enumerate((one, other)):
+        for outcome in result.outcomes:
+            if metric in outcome.scores and (value := _claim(outcome, metric)) is not None:
+                scores[side].setdefault(outcome.example_id, []).append(value)
+                conversation[outcome.example_id] = outcome.conversation
+    shared = [e for e in scores[0] if e in scores[1]]
+    if not shared:
+        return None
+    a, b = ([sum(side[e]) / len(side[e]) for e in shared] for side in scores)
+    return paired_difference(a, b, [conversation[e] for e in shared], confidence)
+
+
+def _recommend(
+    rows: Sequence[Row],
+    results: Mapping[str, Scored],
+    metric: str,
+    margin: float,
+    confidence: float,
+) -> Recommendation:
+    """The cheapest row that is surely within the margin; otherwise no winner, what is missing, and how much of it."""
+    ranked = [r for r in rows if r.quality is not None and r.difference is not None]
     if not ranked:
-        return None, "No candidate was scored."
-    bar = 1 - margin
-    good = [r for r in ranked if r.quality and r.quality.low >= bar]
+        return Recommendation(status="none", verdict="No candidate was scored.")
+    tested = [r for r in ranked if r.p_value is not None]
+    unknown = len(ranked) - len(tested)
+    label = "Label rows (`flywheel label`, `flywheel judge calibrate`), or set `leaderboard: {trust_judge: true}`."
+    if not tested:
+        return Recommendation(
+            status="uncalibrated_judge",
+            verdict=f"No winner is named: {metric} is a judge's opinion, and no labels say how good it is. {label}",
+        )
+    waiting = f" {unknown} more without enough labels were not considered." if unknown else ""
+    ranked = tested
+    bar, alpha = teacher_score(metric) - margin, (1 - confidence) / 2
+    good = [r for r in ranked if r.p_value is not None and r.p_value <= alpha]
     if good:
-        best = min(good, key=lambda r: (r.cost.usd_per_1000 is None, r.cost.usd_per_1000 or 0.0))
-        assert best.quality
-        return best.key, (
-            f"{best.label} is within {margin:.0%} of the teacher: {metric} {best.quality.estimate:.3f}, "
-            f"{best.quality.confidence:.0%} interval from {best.quality.low:.3f}, on {best.quality.n} held-out records."
+        best = min(good, key=lambda r: (r.cost.usd_per_1000 is None, _price(r) or 0.0))
+        cheapest = f" (the cheapest of {len(good)} that are)" if len(good) > 1 else ""
+        return Recommendation(
+            status="winner",
+            winner=best.key,
+            verdict=f"{best.label} is within {margin:.0%} of the teacher{cheapest}: {metric} {_figures(best)} held-out "
+            f"records, p {best.p_value:.2g} adjusted for {len(ranked)} tried.{waiting}",
         )
-    first = ranked[0]
-    assert first.quality
-    if first.quality.high >= bar:
-        return None, (
-            f"Not enough evidence: {first.label} scores {first.quality.estimate:.3f} "
-            f"[{first.quality.low:.3f}, {first.quality.high:.3f}] on {first.quality.n} records; "
-            f"{bar:.3f} is neither shown nor excluded."
+    undecided = [r for r in ranked if r.difference and r.difference.high >= -margin]
+    if not undecided:
+        return Recommendation(
+            status="none",
+            verdict=f"No candidate is good enough: the best, {ranked[0].label}, scores {_figures(ranked[0])} records, "
+            f"below {bar:.3f}.{waiting}",
         )
-    return None, (
-        f"No candidate is good enough: the best, {first.label}, scores {first.quality.estimate:.3f} "
-        f"[{first.quality.low:.3f}, {first.quality.high:.3f}], below {bar:.3f}."
+    # Holm asks the smallest p-value of k candidates to stay below α/k, so that is what more records must reach.
+    wanted = {r.key: _more(r, results[r.key], metric, margin, alpha / len(ranked)) for r in undecided}
+    best = min(undecided, key=lambda r: (wanted[r.key] is None, not _promising(r, margin), wanted[r.key] or 0))
+    more = wanted[best.key]
+    if more is None:
+        missing = "no number of records would settle it"
+    elif _promising(best, margin):
+        missing = f"about {more:,} more held-out records would show it"
+    else:
+        missing = f"it stands below {bar:.3f}, and about {more:,} more held-out records would show that"
+    return Recommendation(
+        status="not_enough_evidence",
+        verdict=f"Not enough evidence: {best.label} scores {_figures(best)} records; {bar:.3f} is neither shown nor "
+        f"excluded. At its present score {missing} ({POWER:.0%} power).{waiting}",
+        records_needed=more,
     )
+
+
+def _promising(row: Row, margin: float) -> bool:
+    return row.difference is not None and row.difference.estimate > -margin
+
+
+def _figures(row: Row) -> str:
+    assert row.quality
+    q = row.quality
+    how = ", corrected by labels," if row.calibrated else ""
+    return f"{q.estimate:.3f} [{q.low:.3f}, {q.high:.3f}]{how} on {q.n}"
+
+
+def _more(row: Row, result: Scored, metric: str, margin: float, alpha: float) -> int | None:
+    """How many records beyond those at hand settle, at the row's present score, on which side of the margin it lies."""
+    assert row.difference
+    values, conversations = _claimed(result, metric)
+    losses = [(v - teacher_score(metric)) ** 2 for v in values]
+    # Two pairs more, one of them discordant, so that a clean sheet is not taken for a rate of 0.
+    discordance = (sum(losses) + 1) / (len(losses) + 2)
+    difference = row.difference.estimate
+    effect = design_effect(values, conversations) if values else 1.0
+    total = pairs_needed(difference, max(discordance, abs(difference)), margin, alpha, POWER, effect)
+    return None if total is None else max(1, total - row.difference.n)
 
 
 class LeaderboardSettings(Value):
@@ -187,3 +384,5 @@ class LeaderboardSettings(Value):
     metric: str | None = None
     margin: float = Field(default=0.02, ge=0, le=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
+    trust_judge: bool = False
+    """Name a winner by a judged metric although no labels correct the judge."""

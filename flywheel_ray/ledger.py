@@ -18,10 +18,12 @@ from typing import Any
 import pyarrow.fs as pafs
 from pydantic import TypeAdapter, ValidationError
 
+from flywheel_ray.calibration import CalibrationReport
 from flywheel_ray.datasets import Example
 from flywheel_ray.errors import LedgerError
 from flywheel_ray.leaderboard import Leaderboard, LeaderboardSettings, leaderboard
 from flywheel_ray.results import TRIAL_RESULT, Failed, Price, Scored
+from flywheel_ray.stats import Interval
 from flywheel_ray.values import canonical_json
 
 _PRICES: TypeAdapter[dict[str, Price]] = TypeAdapter(dict[str, Price])
@@ -117,6 +119,8 @@ class Ledger:
             prices=_PRICES.validate_python(config.get("prices", {})),
             margin=how.margin,
             confidence=how.confidence,
+            corrected=self._corrected(fingerprint),
+            trust_judge=how.trust_judge,
         )
 
     def swept(self, fingerprint: str) -> list[Scored | Failed]:
@@ -166,6 +170,33 @@ class Ledger:
         """What `put_sweep` kept last, or None."""
         text = self._read(f"{fingerprint}/sweep.json")
         return None if text is None else json.loads(text)
+
+    def put_calibration(self, found: CalibrationReport) -> None:
+        """Keep what labels say of the judges on a dataset, replacing what was known before."""
+        self._write(f"{found.fingerprint}/calibration.json", found.model_dump_json(indent=2) + "\n")
+
+    def calibration(self, fingerprint: str) -> CalibrationReport | None:
+        """What `put_calibration` kept last, or None.
+
+        Raises:
+            LedgerError: it is damaged, or of another version.
+        """
+        text = self._read(f"{fingerprint}/calibration.json")
+        try:
+            return None if text is None else CalibrationReport.model_validate_json(text)
+        except ValidationError:
+            raise LedgerError(
+                f"ledger {self.url}: {fingerprint}/calibration.json is damaged; run `flywheel judge calibrate` again"
+            ) from None
+
+    def _corrected(self, fingerprint: str) -> dict[str, dict[str, Interval]]:
+        """Judged metric → trial key → the quality that people's labels correct the judge's to."""
+        known = self.calibration(fingerprint)
+        found: dict[str, dict[str, Interval]] = {}
+        for estimate in known.estimates if known else ():
+            if estimate.source == "human" and estimate.calibrated is not None:
+                found.setdefault(estimate.metric, {})[estimate.key] = estimate.calibrated
+        return found
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

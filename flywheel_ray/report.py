@@ -28,7 +28,7 @@ from flywheel_ray.leaderboard import Leaderboard, Row
 from flywheel_ray.records import Completion, content_text
 from flywheel_ray.results import Failed, Scored
 from flywheel_ray.rollout import ArmReport, Gates, RolloutReport, decide
-from flywheel_ray.scoring import TOOL_METRICS
+from flywheel_ray.scoring import TOOL_CALLING_CORRECTNESS, TOOL_METRICS
 from flywheel_ray.stats import Interval
 
 SAMPLES = 10
@@ -114,14 +114,17 @@ def prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _card(board: Leaderboard, dataset: Dataset, live: RolloutReport | None, gates: Gates | None) -> Html:
     row = _shown(board)
-    if board.winner and row:
-        status, headline = el("span", "✓ within the margin offline", class_="pill good"), f"Winner: {row.label}"
-    elif row and row.quality and row.quality.high >= 1 - board.margin:
-        status, headline = el("span", "? not enough evidence", class_="pill unsure"), "No winner yet"
-    else:
-        status, headline = el("span", "✕ below the margin", class_="pill bad"), "No candidate can replace the teacher"
-        if row is None or row.quality is None:
-            status = el("span", "✕ nothing scored", class_="pill bad")
+    status, headline = {
+        "winner": (
+            el("span", "✓ within the margin offline", class_="pill good"),
+            f"Winner: {row.label if row else ''}",
+        ),
+        "not_enough_evidence": (el("span", "? not enough evidence", class_="pill unsure"), "No winner yet"),
+        "uncalibrated_judge": (el("span", "? the judge is not calibrated", class_="pill unsure"), "No winner yet"),
+        "none": (el("span", "✕ below the margin", class_="pill bad"), "No candidate can replace the teacher"),
+    }[board.status]
+    if row is None or row.quality is None:
+        status = el("span", "✕ nothing scored", class_="pill bad")
     kinds = Counter(plots.LOOKS[r.evaluation][2] for r in board.rows)
     tried = ", ".join(f"{n} {name}" for name, n in kinds.items()) or "none scored"
     failed = f", {len(board.failed)} failed" if board.failed else ""
@@ -157,6 +160,8 @@ def _tiles(board: Leaderboard, row: Row | None, live: RolloutReport | None, gate
         )
         mine, theirs = row.cost.usd_per_1000, teacher.usd_per_1000
         figures = f"{dollars(mine)} against {dollars(theirs)} per 1,000 requests"
+        if row.usd_per_1000_successes is not None:
+            figures += f"; {dollars(row.usd_per_1000_successes)} per 1,000 right answers"
         if mine is None or theirs is None:
             figures = "put the student's and the teacher's price under `prices` of the sweep"
         tiles.append(_tile("cost against the teacher", cost_ratio(mine, theirs), figures))
@@ -189,7 +194,7 @@ def _tile(name: str, figure: str, more: str, words: bool = False) -> Html:
 
 def _leaderboard(board: Leaderboard) -> Html:
     metrics = sorted(board.teacher.scores, key=lambda name: name != board.metric)
-    head = ["#", "candidate", *metrics, "latency", "tokens", "$ per 1,000", "training", "Pareto"]
+    head = ["#", "candidate", *metrics, "p", "latency", "tokens", "$ per 1,000", "training", "Pareto"]
     ranked = {name: f"{plots.words(name)}" + (" ▼" if name == board.metric else "") for name in metrics}
     titles = [el("th", ranked.get(name, name), class_="n" if i > 1 else "", title=name) for i, name in enumerate(head)]
     rows = [_row("", board.teacher, metrics, board)]
@@ -203,7 +208,9 @@ def _leaderboard(board: Leaderboard) -> Html:
         el("h2", "Leaderboard"),
         el(
             "p",
-            "▼ ranks. Each score has its interval and the n rows behind it; unscored rows are in no mean.",
+            "▼ ranks. Each score has its interval and the n rows behind it; unscored rows are in no mean. p: of being "
+            "worse than the teacher by the margin or more, adjusted for the number of candidates; unanswered counts as "
+            "wrong. ● nothing is both better and cheaper; ○ a cheaper one is surely no worse by the margin.",
             class_="quiet",
         ),
         el("div", el("table", el("thead", el("tr", *titles)), el("tbody", *rows)), class_="scroll"),
@@ -220,18 +227,26 @@ def _row(rank: str, row: Row, metrics: Sequence[str], board: Leaderboard) -> Htm
         if reference:
             cells.append(el("td", "100%", el("small", "by definition"), class_="n"))
             continue
+        if row.calibrated and metric == board.metric:
+            interval = row.quality
         counts = f"n {interval.n if interval else 0}" + (f" · {unscored} unscored" if unscored else "")
+        counts += " · corrected by labels" * (row.calibrated and metric == board.metric)
         figures = [_percent(interval.estimate), el("small", _range(interval))] if interval else ["unscored"]
         cells.append(el("td", *figures, el("small", counts), class_="n"))
     cells += [
+        el("td", "" if row.p_value is None else f"{row.p_value:.2g}", class_="n"),
         el("td", _seconds(cost.latency_p50_s), el("small", f"p95 {_seconds(cost.latency_p95_s)}"), class_="n"),
         el("td", f"{_whole(cost.prompt_tokens)} in", el("small", f"{_whole(cost.completion_tokens)} out"), class_="n"),
-        el("td", dollars(cost.usd_per_1000), class_="n"),
+        el("td", dollars(cost.usd_per_1000), el("small", _per_success(row)), class_="n"),
         el("td", _seconds(row.train_s), class_="n"),
-        el("td", "●" if row.pareto else "", class_="n"),
+        el("td", "●" if row.pareto else "○" if row.dominated_by else "", class_="n"),
     ]
     kind = "winner" if row.key == board.winner else "teacher" if reference else "candidate"
     return el("tr", *cells, class_=kind)
+
+
+def _per_success(row: Row) -> str:
+    return "" if row.usd_per_1000_successes is None else f"{dollars(row.usd_per_1000_successes)} right"
 
 
 def _name(label: str, small: str) -> Html:
@@ -258,7 +273,8 @@ def _plots(board: Leaderboard, results: Sequence[Scored | Failed], dataset: Data
             _figure(curves, "losses", "Learning curves", "A curve that turns up again is learning by heart.")
         )
     metric = board.metric
-    if best and metric in TOOL_METRICS and (tools := plots.by_tool(best, dataset.eval, metric)) is not None:
+    by_tool = best and metric in (*TOOL_METRICS, TOOL_CALLING_CORRECTNESS)
+    if best and by_tool and (tools := plots.by_tool(best, dataset.eval, metric)) is not None:
         figures.append(_figure(tools, "by-tool", "By the tool the teacher called", f"Trial {best.candidate.label}."))
     return el("section", el("h2", "Plots"), el("div", *figures, class_="plots"), id="plots")
 
@@ -461,12 +477,17 @@ def _claims(board: Leaderboard, results: Sequence[Scored | Failed], live: Rollou
     elif "no LLM" in board.judge:
         judge = f"The judge was {board.judge}: judged scores come from rules, which see shared words and not meaning."
     else:
-        judge = f"The judge was {board.judge or 'absent'}; nobody compared its ratings with people's here."
+        compared = any(row.calibrated for row in board.rows)
+        known = (
+            "its ratings are corrected by labels." if compared else "nobody compared its ratings with people's here."
+        )
+        judge = f"The judge was {board.judge or 'absent'}; {known}"
     claims = [
         "Quality is agreement with the teacher, not correctness: where the teacher is wrong, agreeing counts as right.",
         judge,
-        "Intervals are clustered by conversation and hold for one candidate chosen beforehand. The best of "
-        f"{len(board.rows)} was chosen on these same records, so its figure leans upwards; live pairs are the check.",
+        "Intervals are clustered by conversation, and each holds for its own candidate. The best of "
+        f"{len(board.rows)} was chosen on these same records, so its figure leans upwards; whether there is a winner "
+        "is decided by p-values adjusted for that, and live pairs are the check.",
         "Offline latency is that of batched evaluation where the trials ran, the teacher's is what its logs say: "
         "compare them on live pairs. Dollars follow the sweep's price table and mean tokens or throughput, not a bill.",
     ]

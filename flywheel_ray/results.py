@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter
 
 from flywheel_ray.candidates import Candidate
 from flywheel_ray.judge import JudgeUsage, Verdict
+from flywheel_ray.prices import HourPrice, Price, TokenPrice
 from flywheel_ray.records import Completion
 from flywheel_ray.values import Value
 
@@ -28,6 +29,8 @@ class Outcome(Value):
     """
 
     example_id: str
+    repeat: int = 0
+    """Which answer to the example this is, from 0, where a trial asked for several."""
     conversation: str
     completion: Completion | None
     """None where the model gave no answer at all (`unscored` has the reason)."""
@@ -110,26 +113,6 @@ TrialResult = Annotated[Scored | Failed, Field(discriminator="type")]
 TRIAL_RESULT: TypeAdapter[Scored | Failed] = TypeAdapter(TrialResult)
 
 
-class TokenPrice(Value):
-    """A price by token, as providers quote it, in US dollars per million tokens."""
-
-    type: Literal["per_token"] = "per_token"
-    usd_per_1m_prompt_tokens: float = Field(ge=0)
-    usd_per_1m_completion_tokens: float = Field(ge=0)
-
-
-class HourPrice(Value):
-    """A price by machine hour, for a model we host: what an hour costs, spread over what it answers in one."""
-
-    type: Literal["per_hour"] = "per_hour"
-    usd_per_hour: float = Field(ge=0)
-    requests_per_hour: float | None = Field(default=None, gt=0)
-    """None: take the throughput that the evaluation reached."""
-
-
-Price = Annotated[TokenPrice | HourPrice, Field(discriminator="type")]
-
-
 class Cost(Value):
     """Latency percentiles (s), mean tokens a request and US dollars per 1,000 requests; None where unmeasured."""
 
@@ -154,8 +137,7 @@ def cost_of(completions: Sequence[Completion], price: Price | None, requests_per
     completion = _mean([c.completion_tokens for c in completions])
     usd: float | None = None
     if isinstance(price, TokenPrice) and prompt is not None and completion is not None:
-        per_request = prompt * price.usd_per_1m_prompt_tokens + completion * price.usd_per_1m_completion_tokens
-        usd = per_request / 1e6 * 1000
+        usd = price.usd(prompt, completion) * 1000
     elif isinstance(price, HourPrice):
         rate = price.requests_per_hour or requests_per_hour
         usd = price.usd_per_hour / rate * 1000 if rate else None

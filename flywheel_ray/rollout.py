@@ -12,7 +12,6 @@ replica agrees without talking to the others, and a promotion can be replayed.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -23,10 +22,8 @@ from pydantic import Field, field_validator
 from flywheel_ray import sequences, stats
 from flywheel_ray.records import TEACHER, Completion, Record, conversation_of
 from flywheel_ray.scoring import FUNCTION_NAME, FUNCTION_NAME_AND_ARGS, score_tool_calls
+from flywheel_ray.text_scoring import EXACT_TEXT, exact_text
 from flywheel_ray.values import Value
-
-EXACT_TEXT = "exact_text"
-"""1 where both answered the same text (Unicode-normalised, case and white space apart): for workloads without tools."""
 
 QUEUE_FULL = "queue_full"
 SHUTDOWN = "shutdown"
@@ -231,8 +228,9 @@ class Pair(Value):
         if self.failed:
             return 0.0
         if metric == EXACT_TEXT:
-            return float(_plain(reference.text) == _plain(self.shadow.completion.text))
-        return {s.metric: s.value for s in score_tool_calls(reference, self.shadow.completion)}[metric]
+            return exact_text(reference.text, self.shadow.completion.text)
+        scores = score_tool_calls(reference, self.shadow.completion, self.teacher.tools)
+        return {s.metric: s.value for s in scores}[metric]
 
 
 class Agreement(Value):
@@ -528,7 +526,3 @@ def _causes(records: Iterable[Record]) -> dict[str, int]:
 
 def _malformed(completion: Completion) -> bool:
     return any(isinstance(call.arguments, str) for call in completion.tool_calls)
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()

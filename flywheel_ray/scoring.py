@@ -1,26 +1,34 @@
 """A score says how good one completion is against the reference; None means unscored, with the reason, and never 0.
 
-    score_tool_calls(reference=teacher_answer, predicted=student_answer)
+    score_tool_calls(reference=teacher_answer, predicted=student_answer, tools=record.tools)
     # (Score(metric="function_name_accuracy", value=1.0), Score(metric="function_name_and_args_accuracy", value=0.0))
 
 Calls are a multiset, matched one to one whatever their order; two calls of one function do not collapse. Arguments are
-compared as JSON: objects unordered, arrays ordered, 1 equals 1.0, "1" does not equal 1, true does not equal 1.
-Malformed arguments are wrong, not missing. Abstention is an answer: no call where the reference has none is right.
+compared as JSON, typed and all the way down:
+
+- Objects are unordered. Arrays are ordered, but a multiset where the tool's schema says `uniqueItems`.
+- 1 equals 1.0, at any size and without rounding; "1" does not equal 1, true does not equal 1, null is a value.
+- Malformed arguments, or a NaN among them, are wrong, not missing, and equal nothing, not even the same text.
+- Abstention is an answer: no call where the reference has none is right, any call there is wrong.
+
+What else counts as equal is a named policy, `Strictness`. Equality is decided on a normal form (`normal_arguments`), so
+it is transitive and matching calls is counting. Tool and argument names always count as written.
 
 The two names follow NVIDIA's NeMo Evaluator, so that figures can be read side by side; where ours differ on purpose
-(duplicate calls, malformed arguments, abstention) the README says so.
+`tests/test_scoring_nvidia.py` lists each case and why.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+from urllib.parse import unquote
 
 from flywheel_ray.records import Completion, ToolCall
-from flywheel_ray.values import Value, canonical_json
+from flywheel_ray.values import Value, canonical_bytes
 
-SCORER_VERSION = "1"
+SCORER_VERSION = "2"
 """Part of every candidate's key: raise it whenever the same completion may get another score."""
 
 FUNCTION_NAME = "function_name_accuracy"
@@ -28,8 +36,19 @@ FUNCTION_NAME_AND_ARGS = "function_name_and_args_accuracy"
 TOOL_CALLING_CORRECTNESS = "tool_calling_correctness"
 SIMILARITY = "similarity"
 
-TOOL_METRICS = (FUNCTION_NAME_AND_ARGS, FUNCTION_NAME, TOOL_CALLING_CORRECTNESS)
-TEXT_METRICS = (SIMILARITY,)
+TOOL_METRICS = (FUNCTION_NAME_AND_ARGS, FUNCTION_NAME)
+"""What a program can say of a row with tools."""
+
+Strictness = Literal["exact", "schema", "case_insensitive"]
+"""Which arguments count as equal beside equal JSON.
+
+- `exact`: no others. Of the tool's schema only `uniqueItems` is heeded.
+- `schema`: an optional argument that is left out equals its declared `default`, and null for an optional argument that
+  does not allow null equals leaving it out; the same for the properties of nested objects. Optional means declared in
+  `properties` and not in `required`: whoever leaves out a required argument breaks the schema, whatever its default. A
+  default that does not fit its own schema ("false" for a boolean) says nothing.
+- `case_insensitive`: `schema`, and strings are compared case-folded, with white space collapsed and stripped.
+"""
 
 
 class Score(Value):
@@ -40,40 +59,342 @@ class Score(Value):
     reason: str | None = None
 
 
-def score_tool_calls(reference: Completion, predicted: Completion) -> tuple[Score, Score]:
+def score_tool_calls(
+    reference: Completion,
+    predicted: Completion,
+    tools: Sequence[Mapping[str, Any]] = (),
+    strictness: Strictness = "exact",
+) -> tuple[Score, Score]:
     """`function_name_accuracy` and `function_name_and_args_accuracy` of one completion, each 0 or 1.
 
+    Args:
+        reference: the right answer.
+        predicted: the answer to score.
+        tools: the request's tools in OpenAI's form; a call of a tool that is not among them is compared without schema.
+        strictness: which arguments count as equal.
+
     Raises:
-        ValueError: the reference itself has arguments that are not an object; such an example cannot be scored and
+        ValueError: the reference itself has arguments that are not a JSON object; such an example cannot be scored and
             must have been kept out of the dataset.
     """
-    if any(isinstance(call.arguments, str) for call in reference.tool_calls):
-        raise ValueError("the reference's tool-call arguments are not a JSON object")
-    names = _names(reference.tool_calls) == _names(predicted.tool_calls)
-    exact = names and _calls(reference.tool_calls) == _calls(predicted.tool_calls)
-    return Score(metric=FUNCTION_NAME, value=float(names)), Score(metric=FUNCTION_NAME_AND_ARGS, value=float(exact))
+    wanted = _wanted(reference.tool_calls)
+    if Counter(name for name, _ in wanted) != Counter(call.name for call in predicted.tool_calls):
+        return _NEITHER
+    called = _called(predicted.tool_calls)
+    if called is None:
+        return _NAME_ONLY
+    if called == wanted or Counter(called) == Counter(wanted):
+        return _BOTH
+    # Arguments that are equal as they stand are equal under any schema, so schemas are only looked at here.
+    schemas = {name: parameters_of(tools, name) for name, _ in wanted}
+    if strictness == "exact" and not any(schemas.values()):
+        return _NAME_ONLY
+    for usable in (schemas, dict.fromkeys(schemas)):
+        try:
+            wanted = [_form(call, usable, strictness) for call in reference.tool_calls]
+            called = [_form(call, usable, strictness) for call in predicted.tool_calls]
+        except _NOT_JSON:  # of what is no JSON Schema, and then the calls are compared without
+            continue
+        return _BOTH if Counter(called) == Counter(wanted) else _NAME_ONLY
+    return _NAME_ONLY
 
 
-def _names(calls: Iterable[ToolCall]) -> Counter[str]:
-    return Counter(call.name for call in calls)
+def normal_arguments(
+    arguments: Mapping[str, Any], parameters: Mapping[str, Any] | None = None, strictness: Strictness = "exact"
+) -> dict[str, Any]:
+    """A tool call's arguments in normal form: two are equal when the `canonical_bytes` of their normal forms are.
+
+    Whole numbers become integers, sets are sorted, and what equals leaving it out is left out.
+
+    Args:
+        arguments: an object, as a JSON parser returns it.
+        parameters: the tool's JSON schema. `properties`, `additionalProperties`, `items`, `prefixItems`, `allOf`, local
+            `$ref`s, and of `anyOf` and `oneOf` the first branch that the value fits by its type, `const`, `enum` and
+            properties, are followed as far as the value reaches; what else a schema says does not count here.
+        strictness: which arguments count as equal.
+
+    Raises:
+        ValueError: a NaN or an infinity, which are not JSON, or more nesting than Python can follow.
+    """
+    try:
+        if not parameters and strictness == "exact":
+            normal = _plain(arguments)
+        else:
+            root = parameters or {}
+            normal = _Reader(root, strictness).read(arguments, [root])
+    except RecursionError:
+        raise ValueError("arguments nest too deep") from None
+    assert isinstance(normal, dict)
+    return normal
 
 
-def _calls(calls: Iterable[ToolCall]) -> Counter[tuple[str, str]]:
-    # Raw text gets a mark no canonical JSON starts with, so malformed arguments equal nothing in the reference.
-    return Counter(
-        (c.name, "!" + c.arguments if isinstance(c.arguments, str) else canonical_json(_canonical_numbers(c.arguments)))
-        for c in calls
-    )
+def parameters_of(tools: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
+    """The JSON schema of a tool's arguments; None where there is no such tool or schema. The last of a name counts."""
+    for tool in reversed(tools):
+        function = tool.get("function")
+        if isinstance(function, dict) and function.get("name") == name:
+            parameters = function.get("parameters")
+            return parameters if isinstance(parameters, dict) else None
+    return None
 
 
-def _canonical_numbers(value: Any) -> Any:
-    """1.0 and 1 are the same JSON number; Python writes them differently."""
-    if isinstance(value, float):
-        if value.is_integer():
-            return int(value)
-        return value if value == value and abs(value) != float("inf") else repr(value)
+def _scores(name: float, args: float) -> tuple[Score, Score]:
+    return Score(metric=FUNCTION_NAME, value=name), Score(metric=FUNCTION_NAME_AND_ARGS, value=args)
+
+
+_NEITHER, _NAME_ONLY, _BOTH = _scores(0.0, 0.0), _scores(1.0, 0.0), _scores(1.0, 1.0)
+
+_Schemas = Mapping[str, Mapping[str, Any] | None]
+_Form = tuple[str, bytes]
+"""A call's name and its normal arguments: equal for equal calls."""
+
+
+_NOT_JSON = (ValueError, TypeError, RecursionError)
+
+
+def _wanted(calls: Iterable[ToolCall]) -> list[_Form]:
+    try:
+        return [_form(call) for call in calls]
+    except _NOT_JSON as error:
+        raise ValueError(f"the reference's tool-call arguments are not a JSON object: {error}") from None
+
+
+def _called(calls: Iterable[ToolCall]) -> list[_Form] | None:
+    """None where a call is malformed."""
+    try:
+        return [_form(call) for call in calls]
+    except _NOT_JSON:
+        return None
+
+
+def _form(call: ToolCall, schemas: _Schemas | None = None, strictness: Strictness = "exact") -> _Form:
+    if isinstance(call.arguments, str):
+        raise ValueError(f"{call.arguments[:80]!r}")
+    parameters = schemas.get(call.name) if schemas else None
+    return call.name, canonical_bytes(normal_arguments(call.arguments, parameters, strictness))
+
+
+def _plain(value: Any) -> Any:
+    """A value in normal form where there is no schema: 1.0 and 1 are one number, which Python writes in two ways."""
+    kind = type(value)
+    if kind is str:
+        return value
+    if kind is float:
+        return _number(value)
     if isinstance(value, dict):
-        return {k: _canonical_numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_canonical_numbers(v) for v in value]
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return value
+
+
+def _number(value: float) -> float | int:
+    if value.is_integer():
+        return int(value)
+    if value - value != 0:
+        raise ValueError(f"{value} is not a JSON number")
+    return value
+
+
+_NO_VALUE = object()
+_BRANCHES = ("anyOf", "oneOf")
+_COMPOUND = frozenset(("$ref", "allOf", *_BRANCHES))
+
+
+class _Reader:
+    """Reads values into normal form by one tool's schema. It goes where the value goes, so a recursive schema ends.
+
+    A value stands under several schemas at once: those of `$ref`, `allOf` and the fitting branch hold together.
+    """
+
+    def __init__(self, root: Mapping[str, Any], strictness: Strictness) -> None:
+        self.root = root
+        self.lenient = strictness != "exact"
+        self.fold = strictness == "case_insensitive"
+        self.defaults: dict[tuple[int, ...], bytes] = {}
+        self.in_default = False
+
+    def read(self, value: Any, schemas: Sequence[Any]) -> Any:
+        kind = type(value)
+        if kind is str:
+            return " ".join(value.split()).casefold() if self.fold else value
+        if kind is float:
+            return _number(value)
+        if isinstance(value, dict):
+            return self._object(value, self.facets(schemas, value))
+        if isinstance(value, list | tuple):
+            return self._array(value, self.facets(schemas, value))
+        return value
+
+    def _object(self, value: Mapping[str, Any], facets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        required = [name for facet in facets for name in _list(facet, "required")] if self.lenient else []
+        normal = {}
+        for key, item in value.items():
+            schemas = [schema for facet in facets if (schema := _property(facet, key)) is not None]
+            optional = self.lenient and key not in required and any(key in _dict(f, "properties") for f in facets)
+            if item is None and optional and not self.nullable(schemas):
+                continue
+            read = self.read(item, schemas)
+            if not (optional and self._is_default(read, schemas)):
+                normal[key] = read
+        return normal
+
+    def _array(self, value: Sequence[Any], facets: Sequence[Mapping[str, Any]]) -> list[Any]:
+        if not facets:
+            return [self.read(item, ()) for item in value]
+        normal = [
+            self.read(item, [schema for facet in facets if (schema := _item(facet, i)) is not None])
+            for i, item in enumerate(value)
+        ]
+        if any(facet.get("uniqueItems") is True for facet in facets):
+            normal.sort(key=canonical_bytes)
+        return normal
+
+    def _is_default(self, read: Any, schemas: Sequence[Any]) -> bool:
+        for facet in self.facets(schemas):
+            if "default" in facet and self.fits(facet["default"], facet):
+                return canonical_bytes(read) == self._default(facet, schemas)
+        return False
+
+    def _default(self, facet: Mapping[str, Any], schemas: Sequence[Any]) -> bytes:
+        """The normal form of a declared default, which may leave out defaults of its own.
+
+        A default inside of one that is being read counts as it is written: in a recursive schema it may contain itself.
+        """
+        default = facet["default"]
+        if self.in_default:
+            return canonical_bytes(self.read(default, ()))
+        key = (id(facet), *map(id, schemas))
+        if key not in self.defaults:
+            self.in_default = True
+            self.defaults[key] = canonical_bytes(self.read(default, schemas))
+            self.in_default = False
+        return self.defaults[key]
+
+    def facets(self, schemas: Sequence[Any], value: Any = _NO_VALUE) -> Sequence[Mapping[str, Any]]:
+        """Every schema object that holds for the value, each once; without a value, those that hold for any."""
+        if len(schemas) == 1 and isinstance(schemas[0], dict) and _COMPOUND.isdisjoint(schemas[0]):
+            return schemas
+        seen: set[int] = set()
+        found: list[Mapping[str, Any]] = []
+        waiting = list(reversed(schemas))
+        while waiting:
+            schema = waiting.pop()
+            if not isinstance(schema, dict) or id(schema) in seen:
+                continue
+            seen.add(id(schema))
+            found.append(schema)
+            if "$ref" in schema:
+                waiting.append(self._target(schema["$ref"]))
+            waiting.extend(_list(schema, "allOf"))
+            for keyword in _BRANCHES if value is not _NO_VALUE else ():
+                waiting.extend(next(([b] for b in _list(schema, keyword) if self.fits(value, b)), ()))
+        return found
+
+    def fits(self, value: Any, schema: Any, deep: bool = True, known: dict[int, bool] | None = None) -> bool:
+        """Whether a branch may be meant: by its type, `const`, `enum`, and those and the names of its properties."""
+        if not isinstance(schema, dict):
+            return schema is not False
+        known = {} if known is None else known  # each schema is tried once, however many references lead to it
+        if id(schema) not in known:
+            known[id(schema)] = True
+            known[id(schema)] = self._fits(value, schema, deep, known)
+        return known[id(schema)]
+
+    def _fits(self, value: Any, schema: Mapping[str, Any], deep: bool, known: dict[int, bool]) -> bool:
+        if not _is_of_type(value, schema.get("type")):
+            return False
+        if "const" in schema and not self._equal(value, schema["const"]):
+            return False
+        if isinstance(schema.get("enum"), list) and not any(self._equal(value, option) for option in schema["enum"]):
+            return False
+        if deep and isinstance(value, dict):
+            properties = _dict(schema, "properties")
+            if any(name not in value for name in _list(schema, "required")):
+                return False
+            if schema.get("additionalProperties") is False and not properties.keys() >= value.keys():
+                return False
+            if not all(self.fits(value[name], properties[name], False) for name in properties.keys() & value.keys()):
+                return False
+        if "$ref" in schema and not self.fits(value, self._target(schema["$ref"]), deep, known):
+            return False
+        if not all(self.fits(value, part, deep, known) for part in _list(schema, "allOf")):
+            return False
+        for keyword in _BRANCHES:
+            branches = _list(schema, keyword)
+            if branches and not any(self.fits(value, branch, deep, known) for branch in branches):
+                return False
+        return True
+
+    def _equal(self, a: Any, b: Any) -> bool:
+        a, b = self.read(a, ()), self.read(b, ())
+        return bool(a == b) if isinstance(a, str) else canonical_bytes(a) == canonical_bytes(b)
+
+    def nullable(self, schemas: Iterable[Any]) -> bool:
+        """Whether null is a value here. OpenAPI's `nullable` counts, though JSON Schema does not know it."""
+        return all(
+            self.fits(None, schema) or (isinstance(schema, dict) and schema.get("nullable") is True)
+            for schema in schemas
+        )
+
+    def _target(self, reference: Any) -> Any:
+        """Where a local `$ref` leads; None where it leads out of the schema or nowhere: then it says nothing."""
+        if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
+            return None
+        node: Any = self.root
+        for step in unquote(reference).split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            try:
+                node = node[int(key)] if isinstance(node, list) else node[key]
+            except (LookupError, ValueError, TypeError):
+                return None
+        return node
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "object": (dict,),
+    "array": (list, tuple),
+    "string": (str,),
+    "boolean": (bool,),
+    "null": (type(None),),
+    "number": (int, float),
+}
+
+
+def _is_of_type(value: Any, types: Any) -> bool:
+    if types is None:
+        return True
+    for name in types if isinstance(types, list) else [types]:
+        if name == "integer":
+            if type(value) is int or (type(value) is float and value.is_integer()):
+                return True
+        elif name not in _TYPES or type(value) in _TYPES[name]:
+            return True
+    return False
+
+
+def _property(facet: Mapping[str, Any], key: str) -> Any:
+    """What a schema says of an object's property; None where it says nothing, or may say it by a pattern."""
+    properties = _dict(facet, "properties")
+    if key in properties:
+        return properties[key]
+    return None if "patternProperties" in facet else facet.get("additionalProperties")
+
+
+def _item(facet: Mapping[str, Any], i: int) -> Any:
+    """What a schema says of an array's item i: `prefixItems` and `items`, which before 2020-12 could be a list."""
+    items = facet.get("items")
+    if isinstance(items, list):
+        return items[i] if i < len(items) else facet.get("additionalItems")
+    first = _list(facet, "prefixItems")
+    return first[i] if i < len(first) else items
+
+
+def _dict(schema: Mapping[str, Any], keyword: str) -> Mapping[str, Any]:
+    found = schema.get(keyword)
+    return found if isinstance(found, dict) else {}
+
+
+def _list(schema: Mapping[str, Any], keyword: str) -> Sequence[Any]:
+    found = schema.get(keyword)
+    return found if isinstance(found, list) else []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import special
@@ -191,7 +191,16 @@ def confidence_sequence(
     return Interval(estimate=float(paired.sums.mean()), low=lower, high=upper, n=len(values), confidence=confidence)
 
 
-def weigh(
+class Decided(NamedTuple):
+    """The first decision that the evidence allowed, the pairs it took, and the highest e-value on either side."""
+
+    decision: Literal["promote", "roll_back"] | None
+    at: int | None
+    e_promote: float
+    e_roll_back: float
+
+
+def decide(
     paired: Paired,
     margin: float,
     rollback_margin: float | None = None,
@@ -199,10 +208,8 @@ def weigh(
     min_pairs: int = 1,
     low: float = -1.0,
     high: float = 1.0,
-) -> Evidence:
-    """Decide between an arm and the teacher, as of now.
-
-    Promote where the arm is surely not worse by the margin; roll back where it is surely worse by more than the
+) -> Decided:
+    """Promote where the arm is surely not worse by the margin; roll back where it is surely worse by more than the
     rollback margin. Each error has probability 1 − confidence at most, over all looks together. The first wins.
 
     Args:
@@ -219,15 +226,28 @@ def weigh(
     counted = np.cumsum(paired.sizes)
     above = np.where(counted >= min_pairs, log_e_process(paired, -margin, "above", low, high), -np.inf)
     below = log_e_process(paired, floor, "below", low, high)
-    first = {name: _first(log_e, threshold) for name, log_e in (("promote", above), ("roll_back", below))}
-    decided = min((i for i in first.values() if i is not None), default=None)
-    decision: Literal["promote", "roll_back"] | None = None
-    if decided is not None:
-        decision = "roll_back" if first["roll_back"] == decided else "promote"
+    promote, roll_back = _first(above, threshold), _first(below, threshold)
+    first = min((i for i in (promote, roll_back) if i is not None), default=None)
+    if first is None:
+        return Decided(None, None, _peak(above), _peak(below))
+    return Decided("roll_back" if first == roll_back else "promote", int(counted[first]), _peak(above), _peak(below))
+
+
+def weigh(
+    paired: Paired,
+    margin: float,
+    rollback_margin: float | None = None,
+    confidence: float = 0.95,
+    min_pairs: int = 1,
+    low: float = -1.0,
+    high: float = 1.0,
+) -> Evidence:
+    """The decision of `decide`, whose arguments these are, with the figures a person wants to see beside it."""
+    decided = decide(paired, margin, rollback_margin, confidence, min_pairs, low, high)
     lower, upper = bounds(paired, confidence, low, high) if paired.n else (low, high)
     return Evidence(
-        decision=decision,
-        decided_at=None if decided is None else int(counted[decided]),
+        decision=decided.decision,
+        decided_at=decided.at,
         difference=Interval(
             estimate=float(paired.sums.sum()) / paired.n if paired.n else 0.0,
             low=lower,
@@ -235,8 +255,8 @@ def weigh(
             n=paired.n,
             confidence=max(0.0, 2 * confidence - 1),
         ),
-        e_promote=_peak(above),
-        e_roll_back=_peak(below),
+        e_promote=decided.e_promote,
+        e_roll_back=decided.e_roll_back,
         conversations=int(paired.sizes.size),
         open_pairs=paired.open_pairs,
         late_pairs=paired.late_pairs,

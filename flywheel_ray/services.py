@@ -211,11 +211,17 @@ class Judge(Protocol):
         """What the leaderboard calls this judge; an offline judge says that it is no LLM."""
         ...
 
+    def metric(self, example: Example) -> str:
+        """What it scores this example by: `preference` where it compares in pairs, else `tool_calling_correctness`
+        where the request had tools and `similarity` where it had none.
+        """
+        ...
+
     def judge(self, examples: Sequence[Example], completions: Sequence[Completion]) -> Judging:
-        """One judgement for each pair: `tool_calling_correctness` where the request had tools, else `similarity`.
+        """One judgement for each pair, by `metric`.
 
         An unreadable or refused verdict is a Score of None with its reason. Raises JudgeError where the judge as a
-        whole cannot be used.
+        whole cannot be used, ChatUnavailable where its endpoint does not answer.
         """
         ...
 

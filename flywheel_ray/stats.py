@@ -328,9 +328,9 @@ def _t(clusters: int, confidence: float) -> float:
 def _wilson(p: float, n: float, shown: int, z: float, confidence: float) -> Interval:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(
-        estimate=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=shown, confidence=confidence
-    )
+    # At 0 and 1 the exact bound is the estimate; rounding must not put it on the other side.
+    low, high = min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+    return Interval(estimate=p, low=low, high=high, n=shown, confidence=confidence)
 
 
 def _tango_statistic(only_a: float, only_b: float, n: float, difference: float) -> float:

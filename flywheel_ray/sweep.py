@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from flywheel_ray.candidates import Candidate, candidates_of
 from flywheel_ray.config import HelixPlatformConfig, LlmJudgeConfig, LocalPlatformConfig, Places, SweepConfig
 from flywheel_ray.datasets import Dataset, load
 from flywheel_ray.errors import FlywheelError
-from flywheel_ray.judge import LlmJudge, Messages, RubricJudge
+from flywheel_ray.judge import RubricJudge
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.progress import Progressed, Quiet, progress_callback
-from flywheel_ray.records import Completion
 from flywheel_ray.results import Failed, Scored
-from flywheel_ray.services import ChatPrompt, Judge, Platform, Services
+from flywheel_ray.services import Judge, Platform, Services
+from flywheel_ray.text_scoring import EMBEDDING_SIMILARITY, Embed, require
 from flywheel_ray.trial import TrialSettings, run_trial, trial_key
 from flywheel_ray.values import Value
 
@@ -39,26 +38,18 @@ class SweepOutcome(Value):
     wall_s: float
 
 
-def judge_of(config: SweepConfig) -> Judge:
-    """The judge that the configuration names; connects to nothing until it is asked."""
+def judge_of(config: SweepConfig, places: Places | None = None) -> Judge:
+    """The judge that the configuration names; connects to nothing until it is asked.
+
+    Args:
+        config: the sweep.
+        places: where verdicts are kept; None keeps none.
+    """
     if not isinstance(config.judge, LlmJudgeConfig):
         return RubricJudge()
-    from flywheel_ray.chat import HttpChat
+    from flywheel_ray.verdicts import llm_judge
 
-    settings = config.judge
-    chat = HttpChat(
-        settings.url,
-        settings.model,
-        api_key_env=settings.api_key_env,
-        timeout_s=settings.timeout_s,
-        concurrency=settings.concurrency,
-    )
-
-    def ask(conversations: Sequence[Messages]) -> list[str | None]:
-        replies = chat.complete([ChatPrompt(messages=tuple(messages)) for messages in conversations])
-        return [reply.text if isinstance(reply, Completion) else None for reply in replies]
-
-    return LlmJudge(ask, name=settings.model)
+    return llm_judge(config.judge, places.runs if places else None)
 
 
 def platform_of(config: SweepConfig, places: Places) -> Platform:
@@ -86,8 +77,23 @@ def resources_of(config: SweepConfig) -> dict[str, float]:
 def settings_of(config: SweepConfig) -> TrialSettings:
     """What all trials of the sweep share."""
     return TrialSettings(
-        generation=config.generation, max_eval_records=config.max_eval_records, judge=judge_of(config).name
+        generation=config.generation,
+        max_eval_records=config.max_eval_records,
+        repeats=config.repeats,
+        judge=judge_of(config).name,
+        strictness=config.strictness,
+        text_metrics=config.text_metrics,
     )
+
+
+def embed_of(config: SweepConfig) -> Embed | None:
+    """What embeds texts, where a metric needs it. Raises ConfigError where a metric needs what is not installed."""
+    require(config.text_metrics)
+    if EMBEDDING_SIMILARITY not in config.text_metrics:
+        return None
+    from flywheel_ray.embeddings import MiniLm
+
+    return MiniLm()
 
 
 def run_sweep(config: SweepConfig, dataset: Dataset, places: Places, show: Quiet | None = None) -> SweepOutcome:
@@ -105,7 +111,10 @@ def run_sweep(config: SweepConfig, dataset: Dataset, places: Places, show: Quiet
     started = time.monotonic()
     settings = settings_of(config)
     ledger = Ledger(places.ledger)
-    platform_of(config, places)  # what is not installed is said here, before anything starts
+    # What is not installed or cannot be used is said here, before anything starts.
+    platform_of(config, places)
+    judge_of(config, places)
+    embed_of(config)
     dataset.save(places.datasets)
     candidates = {trial_key(c, dataset, settings): c for c in candidates_of(config.search)}
     ledger.put_sweep(dataset.fingerprint, {"config": config.model_dump(mode="json"), "keys": list(candidates)})
@@ -203,12 +212,12 @@ class _Task(Value):
         from ray import tune
 
         dataset = _dataset(self.places.datasets / self.fingerprint)
-        services = Services(platform=platform_of(self.config, self.places), judge=judge_of(self.config))
+        services = Services(platform=platform_of(self.config, self.places), judge=judge_of(self.config, self.places))
         settings = settings_of(self.config)
         key = trial_key(candidate, dataset, settings)
         report = Progressed(key, tune.report)
         started = time.monotonic()
-        result = run_trial(candidate, dataset, services, settings, report)
+        result = run_trial(candidate, dataset, services, settings, report, embed_of(self.config))
         wall_s = time.monotonic() - started
         lineage = {"flywheel_ray": __version__, "config": self.config.model_dump(mode="json")}
         Ledger(self.places.ledger).put(result, wall_s=wall_s, lineage=lineage)

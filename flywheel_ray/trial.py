@@ -10,6 +10,7 @@ An error of the outside world becomes `Failed` here and nowhere else; errors of 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pydantic import Field
@@ -20,9 +21,10 @@ from flywheel_ray.errors import ChatUnavailable, FlywheelError, PlatformError, P
 from flywheel_ray.judge import JudgeUsage
 from flywheel_ray.records import Completion
 from flywheel_ray.results import Failed, LossPoint, Outcome, Scored, Stage, TrainingSummary
-from flywheel_ray.scoring import SCORER_VERSION, TEXT_METRICS, TOOL_METRICS, Score, score_tool_calls
+from flywheel_ray.scoring import SCORER_VERSION, TOOL_METRICS, Score, Strictness, score_tool_calls
 from flywheel_ray.services import ChatPrompt, Generation, Platform, Services, Unanswered
 from flywheel_ray.shots import choose_shots
+from flywheel_ray.text_scoring import Embed, TextMetric, score_texts
 from flywheel_ray.values import Value, content_hash
 
 
@@ -32,8 +34,14 @@ class TrialSettings(Value):
     generation: Generation = Generation()
     max_eval_records: int | None = Field(default=None, ge=1)
     """Answer at most this many evaluation examples (the first by hash order, the same for all); None means all."""
+    repeats: int = Field(default=1, ge=1)
+    """Answers to each example, where generation is random; they count as one conversation."""
     judge: str = ""
     """Name of the judge, so that another judge means another key."""
+    strictness: Strictness = "exact"
+    """Which tool-call arguments count as equal."""
+    text_metrics: tuple[TextMetric, ...] = ("exact_text", "token_f1")
+    """What is computed for examples without tools, beside the judge's `similarity`."""
     poll_s: float = Field(default=0.5, gt=0)
     """Seconds between looks at a training job; not part of the key."""
 
@@ -63,6 +71,7 @@ def run_trial(
     services: Services,
     settings: TrialSettings,
     on_progress: OnProgress = lambda progress: None,
+    embed: Embed | None = None,
 ) -> Scored | Failed:
     """Run one trial to its end.
 
@@ -73,6 +82,7 @@ def run_trial(
         settings: shared by all trials of the sweep.
         on_progress: told about every stage, each new validation loss and each answered batch. An exception it raises
             (Tune stopping the trial) cancels the training job and passes through.
+        embed: what `embedding_similarity` is computed with, where the settings ask for it.
     """
     key = trial_key(candidate, dataset, settings)
     stage: Stage = "prompts"
@@ -85,7 +95,7 @@ def run_trial(
     try:
         enter("prompts")
         shots = choose_shots(dataset.train, candidate.adaptation) if isinstance(candidate.adaptation, InContext) else ()
-        examples = dataset.eval[: settings.max_eval_records]
+        examples = [e for e in dataset.eval[: settings.max_eval_records] for _ in range(settings.repeats)]
         prompts = [_prompt(candidate, example, shots) for example in examples]
         training = None
         if isinstance(candidate.adaptation, Lora):
@@ -104,7 +114,7 @@ def run_trial(
             )
             evaluation_s = time.perf_counter() - started
         enter("scoring")
-        outcomes, judging = score_answers(examples, answers, services)
+        outcomes, judging = score_answers(examples, answers, services, settings, embed)
         return Scored(
             key=key,
             candidate=candidate,
@@ -129,38 +139,46 @@ def run_trial(
 
 
 def score_answers(
-    examples: Sequence[Example], answers: Sequence[Completion | Unanswered], services: Services
+    examples: Sequence[Example],
+    answers: Sequence[Completion | Unanswered],
+    services: Services,
+    settings: TrialSettings,
+    embed: Embed | None = None,
 ) -> tuple[tuple[Outcome, ...], JudgeUsage]:
     """Score each answer by program and by the judge. An unanswered example keeps its row, unscored, with the reason."""
-    answered = [(e, a) for e, a in zip(examples, answers, strict=True) if isinstance(a, Completion)]
-    judging = services.judge.judge([e for e, _ in answered], [a for _, a in answered])
-    judged = {e.id: judgement for (e, _), judgement in zip(answered, judging.judgements, strict=True)}
+    pairs = {i: (examples[i], answer) for i, answer in enumerate(answers) if isinstance(answer, Completion)}
+    judging = services.judge.judge([e for e, _ in pairs.values()], [a for _, a in pairs.values()])
+    judged = dict(zip(pairs, judging.judgements, strict=True))
+    spoken = {i: (e.reference.text, a.text) for i, (e, a) in pairs.items() if not e.tools}
+    texts = dict(zip(spoken, score_texts(list(spoken.values()), settings.text_metrics, embed), strict=True))
+    seen: Counter[str] = Counter()
     outcomes = []
-    for example, answer in zip(examples, answers, strict=True):
-        scores: list[Score] = []
-        judgement = judged.get(example.id)
-        if isinstance(answer, Completion) and judgement:
-            scores = [judgement.score]
-            if example.tools:
-                scores = [*score_tool_calls(example.reference, answer), *scores]
-        metrics = _metrics_of(example)
+    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        by_program = TOOL_METRICS if example.tools else settings.text_metrics
+        metrics = (*by_program, services.judge.metric(example))
+        if isinstance(answer, Completion):
+            scores: tuple[Score, ...] = (
+                score_tool_calls(example.reference, answer, example.tools, settings.strictness)
+                if example.tools
+                else texts[i]
+            )
+            scores = (*scores, judged[i].score)
+            unscored = {s.metric: s.reason or "unscored" for s in scores if s.value is None}
+        else:
+            scores, unscored = (), dict.fromkeys(metrics, answer.reason)
         outcomes.append(
             Outcome(
                 example_id=example.id,
+                repeat=seen[example.id],
                 conversation=example.conversation,
                 completion=answer if isinstance(answer, Completion) else None,
                 scores=dict.fromkeys(metrics) | {s.metric: s.value for s in scores},
-                unscored={s.metric: s.reason or "unscored" for s in scores if s.value is None}
-                if isinstance(answer, Completion)
-                else dict.fromkeys(metrics, answer.reason),
-                verdicts=judgement.verdicts if judgement else (),
+                unscored=unscored,
+                verdicts=judged[i].verdicts if i in judged else (),
             )
         )
+        seen[example.id] += 1
     return tuple(outcomes), judging.usage
-
-
-def _metrics_of(example: Example) -> tuple[str, ...]:
-    return TOOL_METRICS if example.tools else TEXT_METRICS
 
 
 def _prompt(candidate: Candidate, example: Example, shots: Sequence[Sequence[dict]]) -> ChatPrompt:
@@ -220,7 +238,7 @@ def _train(
 
 
 def training_name(candidate: Candidate, dataset: Dataset) -> str:
-    """The name of the fine-tuning job. It leaves out how answers are generated and judged: another judge means another
-    trial, and the same adapter.
+    """The name of the fine-tuning job. It leaves out how answers are generated, scored and judged: another judge means
+    another trial, and the same adapter.
     """
-    return f"flywheel-{candidate.key(dataset.fingerprint, SCORER_VERSION)}"
+    return f"flywheel-{candidate.key(dataset.fingerprint, 'training')}"

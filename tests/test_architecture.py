@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flywheel_ray"
 
 PURE = ["errors", "values", "records", "toolbox", "redaction", "near_duplicates", "splits", "datasets", "formats",
-        "lines", "intake", "builds", "shots", "candidates", "scoring", "judge", "stats", "sequences", "results", "leaderboard",
-        "rollout"]  # fmt: skip
+        "lines", "intake", "builds", "shots", "candidates", "scoring", "text_scoring", "breakdown", "ratings", "prices",
+        "judge", "stats", "sequences", "results", "labels", "calibration", "leaderboard", "rollout"]  # fmt: skip
 SEAMS = ["services", "config", "trial"]
-IO = ["stores", "spill", "presidio", "chat", "platforms", "ledger"]
-RAY_AND_FACES = ["progress", "preparation", "sweep", "plots", "report", "analysis", "console", "cli_data", "cli"]
+IO = ["stores", "spill", "presidio", "embeddings", "chat", "verdicts", "platforms", "ledger"]
+RAY_AND_FACES = ["progress", "preparation", "sweep", "plots", "report", "analysis", "console", "cli_data", "cli_judge",
+                 "cli"]  # fmt: skip
 LAYERS = [PURE, SEAMS, IO, RAY_AND_FACES]
 FORBIDDEN_IN_PURE = {"ray", "httpx", "requests", "socket", "time", "random", "torch", "os", "sqlite3", "subprocess"}
 

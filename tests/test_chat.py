@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flywheel_ray.chat import HttpChat, as_stream, assemble_stream, read_sse, to_sse
+from flywheel_ray.chat import BadRequest, HttpChat, as_stream, assemble_stream, read_sse, to_sse
 from flywheel_ray.errors import ChatError, ChatUnavailable
 from flywheel_ray.records import Completion, read_completion
 from flywheel_ray.services import ChatPrompt, Generation, Unanswered
@@ -47,6 +47,20 @@ def test_answers_in_order_with_latency_and_tokens(upstream):
     assert chat(url).complete([]) == []
 
 
+def test_each_answer_is_told_as_soon_as_it_is_there(upstream):
+    url, app = upstream
+    told = {}
+    model = chat(url, concurrency=1, extra_body={"seed": 4})
+    answers = model.complete([prompt(), ChatPrompt(messages=()), prompt()], on_answer=told.__setitem__)
+    assert [told[i] for i in range(3)] == answers and isinstance(told[1], BadRequest)
+    assert all(body["seed"] == 4 for body in app.seen)
+    told.clear()
+    app.script = [(200, {}), (404, {})]  # the first is no completion, the second says that the rest is of no use
+    with pytest.raises(ChatError, match="404"):
+        model.complete([prompt()] * 3, on_answer=told.__setitem__)
+    assert list(told) == [0]
+
+
 def test_concurrency_is_bounded(upstream):
     url, app = upstream
     app.delay_s = 0.05
@@ -73,14 +87,14 @@ def test_retry_after_is_honoured(upstream):
 def test_one_refused_prompt_is_unanswered_and_the_others_are_answered(upstream):
     url, _ = upstream
     answers = chat(url).complete([ChatPrompt(messages=()), prompt()])
-    assert answers[0] == Unanswered(reason="HTTP 400: too long")
+    assert answers[0] == BadRequest(reason="HTTP 400: too long", status=400)
     assert isinstance(answers[1], Completion)
 
 
 def test_prompts_all_refused_are_no_error(upstream):
     url, app = upstream
     app.mode = "refuse"
-    assert [type(a) for a in chat(url).complete([prompt(), prompt()])] == [Unanswered, Unanswered]
+    assert all(isinstance(a, Unanswered) for a in chat(url).complete([prompt(), prompt()]))
 
 
 def test_malformed_arguments_are_an_answer(upstream):

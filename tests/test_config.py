@@ -10,6 +10,7 @@ from flywheel_ray.candidates import Lora, candidates_of
 from flywheel_ray.config import DatasetConfig, SweepConfig, load
 from flywheel_ray.errors import ConfigError
 from flywheel_ray.rollout import Rollout
+from flywheel_ray.sweep import settings_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KINDS = {"datasets": DatasetConfig, "sweeps": SweepConfig, "rollouts": Rollout}
@@ -93,3 +94,12 @@ def test_what_is_no_mapping_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ConfigError, match="holds list"):
         load(tmp_path / "list.yaml", SweepConfig)
+
+
+def test_repeats_of_a_greedy_answer_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD + "repeats: 3\n")
+    with pytest.raises(ConfigError, match="raise the temperature or drop repeats"):
+        load(path, SweepConfig)
+    path.write_text(GOOD + "repeats: 3\ngeneration: {temperature: 0.7}\n")
+    assert settings_of(load(path, SweepConfig)).repeats == 3

@@ -9,6 +9,7 @@ from flywheel_ray.errors import LedgerError
 from flywheel_ray.leaderboard import leaderboard
 from flywheel_ray.records import Completion
 from flywheel_ray.results import HourPrice, TokenPrice, cost_of
+from flywheel_ray.stats import Interval
 from tests.values import dataset, failed, scored
 
 METRIC = "function_name_and_args_accuracy"
@@ -43,6 +44,94 @@ def test_a_small_evaluation_is_not_enough() -> None:
     board = leaderboard([scored(small, right=1.0)], small.eval, margin=0.02)
     assert board.winner is None
     assert "Not enough evidence" in board.verdict
+
+
+def test_it_says_how_many_more_records_would_settle_it() -> None:
+    small = dataset(400)
+    board = leaderboard([scored(small, right=0.995)], small.eval, margin=0.02)
+    assert board.winner is None and board.records_needed
+    assert f"about {board.records_needed:,} more held-out records would show it" in board.verdict
+    # So many more, at the same score, are enough.
+    enough = dataset(round((len(small.eval) + board.records_needed) / 0.3) + 60)
+    assert leaderboard([scored(enough, right=0.995)], enough.eval, margin=0.02).winner == "k1"
+    below = leaderboard([scored(small, right=0.97)], small.eval, margin=0.02)
+    assert below.winner is None and below.records_needed
+    assert "stands below 0.980" in below.verdict
+
+
+def test_every_candidate_tried_makes_a_claim_harder() -> None:
+    near = scored(BIG, LORA, 0.9935, key="near")
+    alone = leaderboard([near], BIG.eval, margin=0.02)
+    crowd = leaderboard([near, *[scored(BIG, right=0.98, key=f"k{i}") for i in range(20)]], BIG.eval, margin=0.02)
+    assert alone.winner == "near" and crowd.winner is None
+    assert alone.rows[0].p_value and crowd.rows[0].p_value
+    assert crowd.rows[0].p_value == pytest.approx(21 * alone.rows[0].p_value)
+
+
+def test_an_example_without_an_answer_is_wrong_for_a_claim() -> None:
+    """Otherwise a model that answers only what is easy would win."""
+    trial = scored(BIG, right=1.0)
+    silent = [
+        o.model_copy(update={"completion": None, "scores": {METRIC: None}, "unscored": {METRIC: "too long"}})
+        for o in trial.outcomes[:45]
+    ]
+    board = leaderboard([trial.model_copy(update={"outcomes": (*silent, *trial.outcomes[45:])})], BIG.eval)
+    row = board.rows[0]
+    assert row.quality and row.quality.estimate == 1.0 and row.unscored[METRIC] == 45
+    assert row.difference and row.difference.estimate == pytest.approx(-45 / len(BIG.eval))
+    assert board.winner is None
+
+
+def test_a_judge_names_no_winner_until_labels_correct_it() -> None:
+    judged = "tool_calling_correctness"
+    trial = scored(BIG, right=1.0)
+    board = leaderboard([trial], BIG.eval, metric=judged)
+    assert board.winner is None and "flywheel label" in board.verdict
+    assert leaderboard([trial], BIG.eval, metric=judged, trust_judge=True).winner == "k1"
+    good = Interval(estimate=0.995, low=0.985, high=1.0, n=450)
+    board = leaderboard([trial], BIG.eval, metric=judged, corrected={judged: {"k1": good}})
+    assert board.winner == "k1" and board.rows[0].calibrated and board.rows[0].quality == good
+    assert "corrected by labels" in board.verdict
+    poor = leaderboard([trial], BIG.eval, metric=judged, corrected={judged: {"k1": good.shifted(-0.1)}})
+    assert poor.winner is None
+    # Labels correct one of the two: the other cannot win, and the verdict says so.
+    two = [trial, scored(BIG, right=1.0, key="k2")]
+    both = leaderboard(two, BIG.eval, metric=judged, corrected={judged: {"k1": good}})
+    assert both.winner == "k1" and "1 more without enough labels were not considered" in both.verdict
+    assert {row.key: row.p_value is None for row in both.rows} == {"k1": False, "k2": True}
+    # A metric that no judge gave needs no labels.
+    assert not leaderboard([trial], BIG.eval, corrected={judged: {"k1": good}}).rows[0].calibrated
+
+
+def test_answers_to_one_prompt_count_as_one_cluster() -> None:
+    once = scored(BIG, right=0.9)
+    thrice = once.model_copy(update={"outcomes": tuple(o for o in once.outcomes for _ in range(3))})
+    one, three = (leaderboard([r], BIG.eval).rows[0].quality for r in (once, thrice))
+    assert one and three and three.n == 3 * one.n
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.02)
+
+
+def test_what_a_success_costs() -> None:
+    board = leaderboard([scored(BIG, right=0.5)], BIG.eval, prices={"m": HourPrice(usd_per_hour=1)})
+    row = board.rows[0]
+    assert row.cost.usd_per_1000 and row.usd_per_1000_successes == pytest.approx(2 * row.cost.usd_per_1000, rel=0.01)
+    nothing = leaderboard([scored(BIG, right=0.0)], BIG.eval, prices={"m": HourPrice(usd_per_hour=1)}).rows[0]
+    assert nothing.usd_per_1000_successes is None
+
+
+def test_domination_is_sure() -> None:
+    """A cheaper candidate dominates one that is surely no better than the margin, and noise dominates nobody."""
+    prices = {"dear": HourPrice(usd_per_hour=10), "cheap": HourPrice(usd_per_hour=1)}
+    dear, cheap = (Candidate(model=m, adaptation=ZeroShot()) for m in ("dear", "cheap"))
+
+    def dominated(dear_right: float, cheap_right: float) -> dict[str, str | None]:
+        results = [scored(BIG, dear, dear_right, key="d"), scored(BIG, cheap, cheap_right, key="c")]
+        return {row.key: row.dominated_by for row in leaderboard(results, BIG.eval, prices=prices).rows}
+
+    assert dominated(0.9, 0.9) == {"d": "c", "c": None}
+    assert dominated(0.9, 0.95) == {"d": "c", "c": None}
+    assert dominated(0.95, 0.9) == {"d": None, "c": None}
+    assert dominated(0.912, 0.9) == {"d": None, "c": None}
 
 
 def test_the_cheapest_good_one_wins() -> None:

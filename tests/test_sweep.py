@@ -75,7 +75,9 @@ def test_an_llm_judge_behind_an_endpoint() -> None:
     async def reply(request: Request) -> JSONResponse:
         body = await request.json()
         asked.append(body)
-        text = "RATING: 1" if "card_arrival" in body["messages"][-1]["content"] else "I would rather not say."
+        # The tools are shown too, so only the call itself tells.
+        called = '{"queue": "card_arrival"}' in body["messages"][-1]["content"]
+        text = "RATING: 1" if called else "I would rather not say."
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         return JSONResponse({"choices": [choice]})
 
@@ -87,7 +89,8 @@ def test_an_llm_judge_behind_an_endpoint() -> None:
     queues = [e.reference.tool_calls[0].arguments for e in examples]
     assert [s.value for s in found] == [1.0 if q == {"queue": "card_arrival"} else None for q in queues]
     assert len(asked) == len(examples) and asked[0]["model"] == "j"
-    assert settings_of(config).judge == judge.name == "j (LLM)"
+    assert settings_of(config).judge == judge.name
+    assert judge.name.startswith("j (LLM, absolute, rubric ")
     assert "no LLM" in judge_of(config_of()).name
 
 

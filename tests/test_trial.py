@@ -104,7 +104,7 @@ def test_distilled_training_never_sees_the_tools_and_full_does() -> None:
         assert {len(row.tools) for row in platform.rows} == {tools}
 
 
-def test_a_text_workload_is_scored_by_similarity() -> None:
+def test_a_text_workload_is_scored_by_similarity_and_by_program() -> None:
     hits = [hit(i, request={"messages": [{"role": "user", "content": f"Summarise ticket {i}"}]}) for i in range(30)]
     for i, line in enumerate(hits):
         line["response"] = {"choices": [{"message": {"role": "assistant", "content": f"Ticket {i} is about a card"}}]}
@@ -126,9 +126,16 @@ def test_a_text_workload_is_scored_by_similarity() -> None:
     services = Services(platform=Platform(), judge=RubricJudge())
     result = run_trial(Candidate(model="m", adaptation=ZeroShot()), texts, services, SETTINGS)
     assert isinstance(result, Scored)
-    assert result.metrics() == ("similarity",)
+    assert result.metrics() == ("exact_text", "token_f1", "similarity")
     mean = result.mean("similarity")
     assert mean is not None and 0.5 < mean < 1
+    assert result.mean("exact_text") == 0.0 and 0.5 < (result.mean("token_f1") or 0) < 1
+
+
+def test_what_a_trial_scores_by_is_part_of_its_key() -> None:
+    candidate = Candidate(model="m", adaptation=ZeroShot())
+    settings = (SETTINGS, TrialSettings(strictness="schema"), TrialSettings(text_metrics=("rouge1",)))
+    assert len({trial_key(candidate, DATASET, s) for s in settings}) == 3
 
 
 def test_shots_are_kept_with_the_result() -> None:
@@ -183,3 +190,21 @@ def test_another_judge_is_another_trial_but_the_same_training_job() -> None:
     run(candidate, first)
     run(candidate, second, max_eval_records=5)
     assert first.submitted == second.submitted
+
+
+def test_repeated_answers_are_one_conversation() -> None:
+    """Each example is answered three times, and each answer is scored for itself."""
+    three = run_trial(
+        Candidate(model="m", adaptation=ZeroShot()),
+        DATASET,
+        Services(platform=SeamPlatform(), judge=RubricJudge()),
+        SETTINGS.model_copy(update={"repeats": 3}),
+    )
+    assert isinstance(three, Scored)
+    assert [o.example_id for o in three.outcomes] == [e.id for e in DATASET.eval for _ in range(3)]
+    assert [o.repeat for o in three.outcomes] == [0, 1, 2] * len(DATASET.eval)
+    # The first two answers to the first example go wrong, each in its own way; the third does not.
+    metric = "function_name_and_args_accuracy"
+    assert [o.scores[metric] for o in three.outcomes[:3]] == [None, 0.0, 1.0]
+    assert three.outcomes[0].unscored[metric] == "too long"
+    assert len({o.conversation for o in three.outcomes[:3]}) == 1
