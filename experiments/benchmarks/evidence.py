@@ -138,7 +138,12 @@ def coverage(runs: int, seed: int) -> bool:
             good &= _covered(what, pairs(difference, discordance, setting[2]), difference, setting, runs, seed)
         good &= _covered("ratings 1 to 10", ratings(setting[2]), 0.55, setting, runs, seed)
     # A prompt that is answered four times is a conversation of four.
-    return good & _covered("prompt, 4 answers", agreement(0.9, 0.6), 0.9, (150, 4, 0.6), runs, seed, repeats=True)
+    good &= _covered("prompt, 4 answers", agreement(0.9, 0.6), 0.9, (150, 4, 0.6), runs, seed, repeats=True)
+    # Two to eight failures are expected here: shown, and promised by nobody.
+    for setting in ((50, 3, 0.0), (50, 3, 0.5), (100, 3, 0.5)):
+        for rate in (0.95, 0.98):
+            _covered("few failures", agreement(rate, setting[2]), rate, setting, runs, seed)
+    return good
 
 
 def _covered(
