@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 
 from flywheel_ray.datasets import NO_TOOL
 from flywheel_ray.records import Completion, ToolCall
-from flywheel_ray.scoring import Strictness, normal_arguments, parameters_of
+from flywheel_ray.scoring import Strictness, is_json_object, normal_calls, parameters_of
 from flywheel_ray.values import Value, canonical_bytes
 
 UNKNOWN_TOOL = "(unknown tool)"
@@ -132,15 +133,17 @@ class _Counts:
         self.n += 1
         self.abstention[bool(wanted), bool(called)] += 1
         self.wanted.update(call.name for call in wanted)
-        known = {call.name for call in wanted} | {_name(tool) for tool in tools}
+        known = {call.name for call in wanted}.union(*map(_names, tools))
         spare_wanted: list[str] = []
         spare_called: list[str] = [call.name for call in called if call.name not in {c.name for c in wanted}]
         for name in dict.fromkeys(call.name for call in wanted):
             parameters = parameters_of(tools, name)
-            mine = [_normal(call, parameters, strictness) for call in wanted if call.name == name]
+            arguments = [call.arguments for call in (*wanted, *called) if call.name == name]
+            n = sum(call.name == name for call in wanted)
+            normal = _normal(arguments, parameters, strictness)
+            mine, theirs = normal[:n], normal[n:]
             if None in mine:
                 raise ValueError("the reference's tool-call arguments are not a JSON object")
-            theirs = [_normal(call, parameters, strictness) for call in called if call.name == name]
             for reference, predicted in self._matched(name, mine, theirs):
                 self._compare(name, reference, predicted)
             matched = min(len(mine), len(theirs))
@@ -214,21 +217,20 @@ class _Counts:
 _MALFORMED = 1e6
 
 
-def _name(tool: Mapping[str, Any]) -> Any:
+def _names(tool: Mapping[str, Any]) -> set[str]:
+    """The name of a tool, where it has one."""
     function = tool.get("function")
-    return function.get("name") if isinstance(function, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return {name} if isinstance(name, str) else set()
 
 
-def _normal(call: ToolCall, parameters: Mapping[str, Any] | None, strictness: Strictness) -> dict[str, Any] | None:
-    """A call's arguments in normal form; None where they are no JSON object."""
-    if isinstance(call.arguments, str):
-        return None
-    for schema in (parameters, None):
-        try:
-            return normal_arguments(call.arguments, schema, strictness)
-        except (ValueError, TypeError, RecursionError):  # a NaN, or what is no JSON Schema
-            continue
-    return None
+def _normal(
+    arguments: Sequence[Any], parameters: Mapping[str, Any] | None, strictness: Strictness
+) -> list[dict[str, Any] | None]:
+    """The arguments of each call of one tool in normal form; None where they are no JSON object."""
+    sound = [is_json_object(each) for each in arguments]
+    normal = iter(normal_calls(list(compress(arguments, sound)), parameters, strictness))
+    return [next(normal) if each else None for each in sound]
 
 
 def _distance(wanted: Any, called: Any) -> int:

@@ -2,7 +2,7 @@
 
     found = calibrate(results, "similarity", labels, source="human")
     found.kappa, found.position, found.length      # Cohen's κ [0.41, 0.68], preference for the first shown, for length
-    debiased(scored, "similarity", labels_of_its_rows)    # Interval: all verdicts and a few labels, valid for any judge
+    debiased(scored, "similarity", labels_of_its_rows)    # ScoreMean: all verdicts and a few labels, for any judge
 
 A judge's mean has an interval that shrinks around the wrong number. Prediction-powered inference keeps what verdicts
 on all rows tell and takes out their bias by the rows that have a label, whatever the bias is. It needs one thing: the
@@ -22,7 +22,15 @@ from flywheel_ray.errors import LedgerError
 from flywheel_ray.judge import PREFERENCE, Verdict
 from flywheel_ray.results import Outcome, Scored
 from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
-from flywheel_ray.stats import Interval, mcnemar_exact, mean_interval, paired_difference, wilson
+from flywheel_ray.stats import (
+    Interval,
+    ScoreMean,
+    mcnemar_exact,
+    mean_interval,
+    paired_difference,
+    score_mean,
+    wilson,
+)
 from flywheel_ray.values import Value
 
 ACCEPT_AT = 0.7
@@ -101,7 +109,11 @@ class Calibration(Value):
 
 
 class Estimate(Value):
-    """A candidate's mean three ways: by the judge alone, by labels alone, and by both."""
+    """A candidate's mean three ways: by the judge alone, by labels alone, and by both.
+
+    `raw` and `gold` are of the rows that the candidate answered. `calibrated` is of all rows that it was asked: one
+    without an answer counts as 0, as in every claim of the leaderboard.
+    """
 
     key: str
     candidate: str
@@ -109,14 +121,19 @@ class Estimate(Value):
     metric: str
     source: Source
     labels: int
+    answered: float
+    """Share of the rows that have an answer."""
     raw: Interval | None
-    calibrated: Interval | None
-    """None with fewer than `MIN_LABELS` labels."""
+    calibrated: ScoreMean | None
+    """Of any bar and at any confidence; None with fewer than `MIN_LABELS` labels."""
     gold: Interval | None
 
 
 class Advice(Value):
-    """Whether raw scores of this judge may rank candidates, in a plain sentence, and how many labels are missing."""
+    """Whether raw scores of this judge may rank candidates, in plain sentences, and how many labels are missing.
+
+    The first words say whose labels these are.
+    """
 
     judge: str
     metric: str
@@ -124,7 +141,8 @@ class Advice(Value):
     may_rank: bool
     sentence: str
     more_labels: int = 0
-    """Rows to label before it can be said; 0 where more labels would not change the answer."""
+    """Rows that people have to label before it can be said; 0 where more labels would not change the answer, where no
+    row is left, and where the labels are a program's."""
 
 
 class CalibrationReport(Value):
@@ -143,21 +161,21 @@ def prediction_powered_mean(
     verdicts: Sequence[float | None] | np.ndarray,
     labels: Sequence[float | None] | np.ndarray,
     clusters: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of the mean label over all rows, from verdicts on all and labels on a random few.
+) -> ScoreMean:
+    """The mean label over all rows, from verdicts on all and labels on a random few.
 
     PPI++ (Angelopoulos, Duchi and Zrnic 2023, arXiv:2311.01453; Angelopoulos et al. 2023, Science 382:669): the mean
     label, plus λ times how far the verdicts on unlabelled rows lie from those on labelled ones, with λ in [0, 1] chosen
     for the least variance (least squares, as for the regression estimator of Cochran 1977, ch. 12). It is valid for any
     judge; a better one makes it narrower. Unreadable verdicts are imputed by the mean of the readable ones, which is
-    just another judge.
+    just another judge. How far verdicts are spread is taken from all rows, since a few unlabelled ones do not show it.
 
     The published normal interval covers too little with 50 labels, most of all near 1 and where the judge seldom errs,
     so three things differ. Each conversation's residuals are summed and corrected for leverage (HC2; Bell and McCaffrey
     2002, Survey Methodology 28:169), with Student's t for the conversations that have a label. For the variance half a
-    row is added in each of the four cells of label × verdict (Agresti and Min 2005, Statistics in Medicine 24:729),
-    less of it where labels are spread less than 0/1 ones; how much less was chosen by simulation. And the interval has
+    row is added in each of the four cells of label × verdict (Agresti and Min 2005, Statistics in Medicine 24:729), in
+    clusters the labels of half a conversation, and less of it where labels are spread less than 0/1 ones; how much less
+    was chosen by simulation. And the interval has
     Wilson's shape at the effective sample size (Korn and Graubard 1998, Survey Methodology 24:193), so it stays in
     [0, 1] and never has zero width. With a useless judge it is the labels' own interval.
 
@@ -167,7 +185,7 @@ def prediction_powered_mean(
         clusters: N names; rows of one conversation are not independent. None: all independent.
 
     Returns:
-        The interval; its `n` counts labels. That of the labels alone (`mean_interval`) where there are fewer than
+        The mean; its `n` counts labels. That of the labels alone (`score_mean`) where there are fewer than
         `MIN_LABELS`, where all rows are labelled, and where labels or verdicts do not vary.
 
     Raises:
@@ -181,7 +199,7 @@ def prediction_powered_mean(
     if n == 0:
         raise ValueError("without a label nothing can be debiased")
     groups = _codes(clusters, y.size)
-    gold = _mean(y[known], groups[known] if clusters is not None else None, confidence)
+    gold = score_mean(y[known].tolist(), None if clusters is None else groups[known].tolist())
     with_label = np.unique(groups[known]).size
     if n < MIN_LABELS or not rest or with_label < 2 or not readable.any():
         return gold
@@ -190,8 +208,8 @@ def prediction_powered_mean(
     a, b = np.zeros(y.size), np.zeros(y.size)  # what each row adds to the mean label, and to the gap between verdicts
     a[known] = (label - label.mean()) / n
     b[known] = (verdict - verdict.mean()) / n
-    b[~known] = -(other - other.mean()) / rest
-    spread = float(b @ b)
+    b[~known] = -(other - f.mean()) / rest  # not from their own mean, around which one or two rows do not vary
+    spread = float(f.var()) * (1 / n + 1 / rest)
     weight = min(max(float(a @ b) / spread, 0.0), 1.0) if spread > _FLAT**2 else 0.0
     if weight == 0.0:
         return gold
@@ -202,46 +220,53 @@ def prediction_powered_mean(
     gaps = np.bincount(groups, weights=b)
     leverage = gaps**2 / max(float(gaps @ gaps), _FLAT**2) + np.bincount(groups, weights=known) / n
     variance = float(np.sum(residuals**2 / (1 - np.minimum(leverage, 0.9))))
-    # Half a row in each cell of label × verdict: two rows for 0/1 labels, fewer and nearer where they are spread less.
+    # Half a conversation in each cell of label × verdict; fewer rows and nearer ones where labels are spread less.
     mean = float(label.mean())
     likeness = min(1.0, float(label.var()) / max(mean * (1 - mean), _FLAT))
-    added = 2 * likeness
+    turns = n / with_label
+    added = 2 * likeness * turns
     rectifier = mean - weight * float(verdict.mean())
     cells = likeness * sum((one - weight * two - rectifier) ** 2 for one in (0, 1) for two in (0, 1)) / 4
-    variance = (variance * n**2 + added * cells) / (n + added) ** 2
+    variance = (variance * n**2 + added * turns * cells) / (n + added) ** 2
     shrunk = (n * estimate + added / 2) / (n + added)
-    z, t = special.ndtri(0.5 + confidence / 2), special.stdtrit(with_label - 1, 0.5 + confidence / 2)
-    effective = shrunk * (1 - shrunk) / variance * float(z / t) ** 2
-    return wilson(estimate * effective, effective, confidence).model_copy(update={"n": n})
+    return ScoreMean(estimate=estimate, n=n, effective=shrunk * (1 - shrunk) / variance, df=with_label - 1)
 
 
-def debiased(scored: Scored, metric: str, labels: Mapping[str, float], confidence: float = 0.95) -> Interval | None:
-    """A candidate's mean label: verdicts on all its rows, corrected by the labelled ones (`prediction_powered_mean`).
+def debiased(scored: Scored, metric: str, labels: Mapping[str, float]) -> ScoreMean | None:
+    """A candidate's mean label: verdicts on all its answers, corrected by the labelled ones, and 0 for no answer.
+
+    The mean over all rows is the share answered, a, times the mean of the answered, q (`prediction_powered_mean`), with
+    the variance a²·Var(q) + q²·a(1 − a)/N (the product's, to first order). The effective size is that of this variance
+    at the lower 95% limit of q: at q = 1 nothing would be left of what the labels do not know.
 
     Args:
         scored: the trial.
         metric: a judged metric.
-        labels: example id → label in [0, 1], a simple random sample of the trial's rows.
+        labels: example id → label in [0, 1], a simple random sample of the trial's answered rows.
 
     Returns:
-        None with fewer than `MIN_LABELS` labels of rows that the candidate answered.
+        None with fewer than `MIN_LABELS` labels of rows that the candidate answered; its `n` counts labels.
     """
     rows = _rows(scored, metric)
     given = [labels.get(o.example_id) for o in rows]
     if sum(label is not None for label in given) < MIN_LABELS:
         return None
-    verdicts = [o.scores[metric] for o in rows]
-    return prediction_powered_mean(verdicts, given, [o.conversation for o in rows], confidence)
+    mean = prediction_powered_mean([o.scores[metric] for o in rows], given, [o.conversation for o in rows])
+    asked = _asked(scored, metric)
+    if len(rows) == len(asked):
+        return mean
+    answered = score_mean([float(o.completion is not None) for o in asked], [o.conversation for o in asked])
+    return _of_all(mean, answered)
 
 
 def gold_only(scored: Scored, metric: str, labels: Mapping[str, float], confidence: float = 0.95) -> Interval | None:
-    """The mean of the labels alone, clustered by conversation; None without one."""
+    """The mean of the labels alone, over answered rows, clustered by conversation; None without one."""
     rows = [o for o in _rows(scored, metric) if o.example_id in labels]
     return _mean([labels[o.example_id] for o in rows], [o.conversation for o in rows], confidence) if rows else None
 
 
 def raw(scored: Scored, metric: str, confidence: float = 0.95) -> Interval | None:
-    """The mean of the readable verdicts, clustered by conversation: what a judge's bias is not taken out of."""
+    """The mean of the readable verdicts on answered rows, clustered by conversation, with all the judge's bias."""
     rows = [(v, o.conversation) for o in _rows(scored, metric) if (v := o.scores[metric]) is not None]
     return _mean([v for v, _ in rows], [c for _, c in rows], confidence) if rows else None
 
@@ -335,8 +360,8 @@ def cohens_kappa(
 
     Cohen 1960, Educational and Psychological Measurement 20:37, and with weights 1968, Psychological Bulletin 70:213;
     the large-sample variance is that of Fleiss, Cohen and Everitt 1969, Psychological Bulletin 72:323. In clusters
-    their per-row terms are summed by cluster first, with CR1 and Student's t. Perfect agreement, whose variance is 0,
-    gets the lower limit that Wilson's interval of the agreement gives.
+    their per-row terms are summed by cluster first, with CR1 and Student's t. Where that variance is 0 (the raters
+    always agree, or never) or unknown (one cluster), the limits come from Wilson's interval of the observed agreement.
 
     Args:
         a, b: n ratings each.
@@ -365,8 +390,11 @@ def cohens_kappa(
     count = int(groups.max()) + 1
     squares = float(np.sum(np.bincount(groups, weights=terms) ** 2))
     if count < 2 or squares < _FLAT**2:
-        low = (wilson(observed * count, count, confidence).low - chance) / (1 - chance)
-        return Interval(estimate=kappa, low=max(-1.0, min(low, kappa)), high=1.0, n=n, confidence=confidence)
+        share = wilson(observed * count, count, confidence)
+        low, high = ((end - chance) / (1 - chance) for end in (share.low, share.high))
+        return Interval(
+            estimate=kappa, low=max(-1.0, min(low, kappa)), high=min(1.0, max(high, kappa)), n=n, confidence=confidence
+        )
     if clusters is None:
         half = float(special.ndtri(0.5 + confidence / 2)) * math.sqrt(squares)
     else:
@@ -461,7 +489,10 @@ def advise(found: Calibration) -> Advice:
 
     Bias means by scale (`bias`), by length, and verdicts that go missing where the label rejects. Position bias is not
     held against a judge asked in both orders: the mean of the two takes it out, and what it leaves is in `bias`.
+    The leaderboard corrects a judge by people's labels only, which advice by a program's labels says.
     """
+    by_program = found.source == "program"
+    whose = "By a program's labels (the leaderboard takes people's only)" if by_program else "By people's labels"
 
     def said(sentence: str, may_rank: bool = False, more: int = 0) -> Advice:
         return Advice(
@@ -469,8 +500,8 @@ def advise(found: Calibration) -> Advice:
             metric=found.metric,
             source=found.source,
             may_rank=may_rank,
-            sentence=sentence,
-            more_labels=more,
+            sentence=f"{whose}: {sentence}",
+            more_labels=0 if by_program else more,
         )
 
     gaps = {
@@ -488,11 +519,9 @@ def advise(found: Calibration) -> Advice:
     if kappa and kappa.high < KAPPA_TO_RANK:
         faults.insert(0, f"it agrees too little, {shown}")
     if faults:
-        strict = " Programmatic labels forgive nothing: human ones say which side is right." * (
-            found.source == "program"
-        )
+        strict = " A program forgives nothing: people's labels say which side is right." * by_program
         return said(
-            f"Do not rank candidates by this judge: {'; '.join(faults)}. Rank by the calibrated intervals.{strict}"
+            f"do not rank candidates by this judge: {'; '.join(faults)}. Rank by the calibrated intervals.{strict}"
         )
     if found.n < ENOUGH_LABELS:
         more = min(ENOUGH_LABELS - found.n, found.rows - found.labelled)
@@ -500,7 +529,7 @@ def advise(found: Calibration) -> Advice:
         return said(f"{found.n} labels are too few to say whether this judge may rank candidates.{short}", more=more)
     if kappa is None:
         return said(
-            "Labels and verdicts are all the same, so nothing shows whether this judge tells good from bad: label rows "
+            "labels and verdicts are all the same, so nothing shows whether this judge tells good from bad: label rows "
             "of a weaker candidate too."
         )
     if kappa.low < KAPPA_TO_RANK:
@@ -509,11 +538,11 @@ def advise(found: Calibration) -> Advice:
             times = ((kappa.estimate - kappa.low) / (kappa.estimate - KAPPA_TO_RANK)) ** 2
             more = min(math.ceil(found.n * (times - 1) / 10) * 10, found.rows - found.labelled)
         return said(
-            f"It is not shown that this judge agrees with the labels well enough to rank, {shown} where "
+            f"it is not shown that this judge agrees with the labels well enough to rank, {shown} where "
             f"{KAPPA_TO_RANK} is asked for. Rank by the calibrated intervals.",
             more=more,
         )
-    return said(f"This judge may rank candidates: {shown}, and no bias above {BIAS_TO_RANK:.0%} is shown.", True)
+    return said(f"this judge may rank candidates: {shown}, and no bias above {BIAS_TO_RANK:.0%} is shown.", True)
 
 
 def report(
@@ -523,7 +552,7 @@ def report(
 
     Args:
         results: scored trials of one dataset.
-        human: metric → (trial key, example id) → label in [0, 1], as `labels.LabelFile.by_metric` gives them.
+        human: metric → (trial key, example id) → label in [0, 1], as `labels.LabelFile.of_trials` gives them.
 
     Raises:
         LedgerError: the results are of several datasets, or nothing was judged and labelled.
@@ -560,22 +589,43 @@ def _estimate(
     scored: Scored, metric: str, labels: Mapping[RowId, float], source: Source, confidence: float
 ) -> Estimate:
     own = {example: value for (key, example), value in labels.items() if key == scored.key}
+    rows = _rows(scored, metric)
     return Estimate(
         key=scored.key,
         candidate=scored.candidate.label,
         judge=scored.judge,
         metric=metric,
         source=source,
-        labels=sum(o.example_id in own for o in _rows(scored, metric)),
+        labels=sum(o.example_id in own for o in rows),
+        answered=len(rows) / len(_asked(scored, metric)),
         raw=raw(scored, metric, confidence),
-        calibrated=debiased(scored, metric, own, confidence),
+        calibrated=debiased(scored, metric, own),
         gold=gold_only(scored, metric, own, confidence),
     )
 
 
+def _of_all(mean: ScoreMean, answered: ScoreMean) -> ScoreMean:
+    """The mean over all rows, of the mean over the answered ones and their share; see `debiased`."""
+    a, q = answered.estimate, mean.interval().low
+    if not q:
+        return mean.model_copy(update={"estimate": a * mean.estimate})
+    variance = a**2 * q * (1 - q) / mean.effective + q**2 * a * (1 - a) / answered.effective
+    return ScoreMean(
+        estimate=a * mean.estimate,
+        n=mean.n,
+        effective=a * q * (1 - a * q) / variance,
+        df=min((df for df in (mean.df, answered.df) if df is not None), default=None),
+    )
+
+
+def _asked(scored: Scored, metric: str) -> list[Outcome]:
+    """The rows of a metric, answered or not; of a row asked repeatedly, the first."""
+    return [o for o in scored.outcomes if not o.repeat and metric in o.scores]
+
+
 def _rows(scored: Scored, metric: str) -> list[Outcome]:
     """The rows a judge was asked about: answered ones that carry the metric, scored or not."""
-    return [o for o in scored.outcomes if o.completion is not None and not o.repeat and metric in o.scores]
+    return [o for o in _asked(scored, metric) if o.completion is not None]
 
 
 def _length_bias(rows: Sequence[tuple[Outcome, float, float]], metric: str, confidence: float) -> Interval | None:

@@ -29,6 +29,7 @@ import httpx
 from flywheel_ray.errors import ChatError, ChatUnavailable
 from flywheel_ray.records import Completion, Rejected, assemble_stream, read_completion  # noqa: F401
 from flywheel_ray.services import ChatPrompt, Generation, Unanswered
+from flywheel_ray.values import has_credentials
 
 MAX_BACKOFF_S = 60.0
 _REMEDY = {
@@ -64,7 +65,12 @@ class HttpChat:
             generation: limits sent with every prompt; None leaves them to the server.
             backoff_s: longest first pause; doubles with each repetition. `Retry-After` overrides it.
             extra_body: more fields of every request, e.g. {"response_format": {…}}.
+
+        Raises:
+            ChatError: the URL holds a user name or password.
         """
+        if has_credentials(url):  # it would stand in every error, and in what is logged of one
+            raise ChatError("the endpoint's URL holds a user name or password; leave them out and use api_key_env")
         self.url = url.rstrip("/")
         self.model = model
         self.api_key_env = api_key_env

@@ -271,7 +271,7 @@ def _interval(interval: Interval | None, reference: bool = False) -> str:
     if interval is None:
         return "unscored"
     if reference:
-        return "1 (reference)"
+        return f"{interval.estimate:g} (reference)"
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 

@@ -29,12 +29,23 @@ from flywheel_ray.datasets import Example
 from flywheel_ray.datasets import load as load_dataset
 from flywheel_ray.errors import ConfigError, DatasetError, LedgerError
 from flywheel_ray.judge import PREFERENCE
-from flywheel_ray.labels import Label, LabelFile, Sample, Skip, append, read, sample_gaps, sample_order
+from flywheel_ray.labels import (
+    Label,
+    LabelFile,
+    Sample,
+    Skip,
+    answer_hash,
+    answers_of,
+    append,
+    read,
+    sample_gaps,
+    sample_order,
+)
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.records import Completion, content_text
 from flywheel_ray.results import Outcome, Scored
 from flywheel_ray.scoring import SIMILARITY
-from flywheel_ray.stats import Interval
+from flywheel_ray.stats import Interval, ScoreMean
 
 judge_app = typer.Typer(no_args_is_help=True, help="Find out how far a judge's scores can be trusted.")
 
@@ -44,7 +55,12 @@ LabelsOption = Annotated[
 ]
 
 _SHOWN_CHARS = 4000
-_HELP = "s skip · back · m TEXT note · f in full · q quit"
+_HELP = "s skip · back · m TEXT note · f in full · q quit · ? help"
+_LONG_HELP = """  s       skip: you saw the row and would not judge it; another one is drawn in its place
+  back    the row before this one, to answer it again
+  m TEXT  a note, kept with the answer that follows
+  f       the row once more, in full
+  q       quit; the same command goes on from here (as do Ctrl-D and Ctrl-C)"""
 
 
 # ── flywheel judge calibrate ──────────────────────────────────────────────────────────────────────────────────────────
@@ -82,39 +98,40 @@ def judge_calibrate(
     if labels is not None and not labels.is_file():
         raise ConfigError(f"{labels}: no such label file; `flywheel label` writes one")
     file = read(path)
-    human = file.by_metric()
-    _check_trials(human, file, results, name, path)
+    human = file.of_trials(results)
+    _check_trials(file, results, name, path)
     found = calibration.report(results, human)
     ledger.put_calibration(found)
     if as_json:
         agreement = {
             metric: {" and ".join(pair): kappa and kappa.model_dump() for pair, kappa in file.agreement(metric).items()}
-            for metric in human
+            for metric in _metrics(file)
         }
-        print_json({**found.model_dump(mode="json"), "labelers": agreement})
+        data = found.model_dump(mode="json")
+        for given, estimate in zip(data["estimates"], found.estimates, strict=True):
+            given["calibrated_interval"] = estimate.calibrated and estimate.calibrated.interval().model_dump()
+        print_json({**data, "labelers": agreement})
         return
     console = wide()
     _print_calibrations(console, found)
     _print_estimates(console, found)
-    for line in _remarks(file, results, list(human)):
+    for line in _remarks(file, results):
         console.print(line, highlight=False, markup=False)
     for advice in found.advice:
         console.print(f"{advice.judge}, {advice.metric}: {advice.sentence}", highlight=False, markup=False)
-        if advice.more_labels and (command := _label_more(found, advice)):
+        if advice.more_labels and (command := _label_more(found, advice, file, results)):
             console.print(f"  {command}", highlight=False, markup=False)
     err.print("kept in the ledger: `flywheel leaderboard` ranks judged metrics by it", highlight=False)
 
 
-def _check_trials(
-    human: dict[str, dict[tuple[str, str], float]],
-    file: LabelFile,
-    results: Sequence[Scored],
-    fingerprint: str,
-    path: Path,
-) -> None:
-    """Labels of other trials are passed over and counted; where there are no others, something is mistaken."""
-    labelled = {row for rows in human.values() for row in rows}
-    known = {(r.key, o.example_id) for r in results for o in r.outcomes}
+def _check_trials(file: LabelFile, results: Sequence[Scored], fingerprint: str, path: Path) -> None:
+    """Labels of other trials and answers are passed over and counted; where there are no others, something is amiss."""
+    labels = file.labels().values()
+    rows = {(r.key, o.example_id) for r in results for o in r.outcomes}
+    examples = {label.example_id for label in labels}
+    answers = {answer for r in results for answer in answers_of(r, examples).values()}
+    labelled = {(label.trial, label.example_id) for label in labels}
+    known = {(label.trial, label.example_id) for label in labels if label.answer in answers} | rows
     strange = labelled - known
     if labelled and strange == labelled:
         others = sorted({s.dataset for s in file.samples().values()} - {fingerprint})
@@ -124,14 +141,20 @@ def _check_trials(
             else ("their `trial` must be a whole key, as `flywheel leaderboard --json` shows it")
         )
         raise LedgerError(
-            f"none of the {len(labelled)} labels in {path} is of a trial on dataset {fingerprint}; {remedy}"
+            f"none of the {len(labelled)} labels in {path} is of a trial on dataset {fingerprint}, or of an answer of "
+            f"one; {remedy}"
         )
     if strange:
         err.print(
-            f"{len(strange)} of {len(labelled)} labels in {path} are of rows that no trial on {fingerprint} has",
+            f"{len(strange)} of {len(labelled)} labels in {path} are of rows and answers that no trial on "
+            f"{fingerprint} has",
             highlight=False,
             markup=False,
         )
+
+
+def _metrics(file: LabelFile) -> list[str]:
+    return list(dict.fromkeys(label.metric for label in file.labels().values()))
 
 
 def _print_calibrations(console: Console, found: CalibrationReport) -> None:
@@ -184,57 +207,94 @@ def _print_estimates(console: Console, found: CalibrationReport) -> None:
     table = Table(title=f"candidates on dataset {found.fingerprint}", title_justify="left")
     for name in ("candidate", "metric", "labels by"):
         table.add_column(name)
-    for name in ("labels", "raw", "calibrated", "labels alone", "key"):
+    for name in ("labels", "answered", "raw", "calibrated", "labels alone", "key"):
         table.add_column(name, justify="right", no_wrap=True)
     for e in found.estimates:
-        calibrated = _interval(e.calibrated) if e.calibrated else f"{calibration.MIN_LABELS - e.labels} labels missing"
+        calibrated = _interval(e.calibrated) or f"{calibration.MIN_LABELS - e.labels} labels missing"
         table.add_row(
             Text(e.candidate),
             e.metric,
             e.source,
             str(e.labels),
+            f"{e.answered:.1%}",
             _interval(e.raw),
             calibrated,
             _interval(e.gold),
             e.key[:8],
         )
     console.print(table)
+    if any(e.answered < 1 for e in found.estimates):
+        console.print(
+            "raw, labels alone: of the rows with an answer; calibrated: of all rows, where no answer counts as 0",
+            highlight=False,
+        )
 
 
-def _remarks(file: LabelFile, results: Sequence[Scored], metrics: Sequence[str]) -> list[str]:
+def _remarks(file: LabelFile, results: Sequence[Scored]) -> list[str]:
     lines = []
-    for metric in metrics:
+    for metric in _metrics(file):
         for (one, two), kappa in file.agreement(metric).items():
             lines.append(f"{metric}: {one} and {two} agree with κ {_interval(kappa) or 'unknown'}")
     samples = file.samples()
     for result in results:
-        for metric in metrics:
-            given = file.of(result.key, metric)
-            sample = samples.get(result.key)
-            ids = [o.example_id for o in answered(result) if metric in o.scores]
-            if given and sample is None:
+        for metric in _metrics(file):
+            given = file.of(result, metric)
+            name = f"{result.key[:8]}, {metric}"
+            if (waiting := file.waiting(result, metric)) and not given:
+                wanted = len(file.fitting(result, metric)) + len(waiting)
                 lines.append(
-                    f"{result.key[:8]}, {metric}: nothing says how the labelled rows were chosen; calibrated intervals "
-                    "hold only if it was at random (`flywheel label` draws them so)"
+                    f"{name}: of the rows that were labelled in another trial, {len(waiting)} were answered otherwise "
+                    f"here; the others count once these are labelled too: flywheel label {result.key[:8]} --n {wanted}"
                 )
-            elif given and sample and (gaps := sample_gaps(given, sample_order(result.key, ids, sample.seed))):
+            if not given:
+                continue
+            # Rows labelled in another trial on this dataset were drawn there, in the order that all share.
+            sample = samples.get(result.key) or next(
+                (s for s in samples.values() if s.dataset == result.fingerprint), None
+            )
+            ids = [o.example_id for o in answered(result) if metric in o.scores]
+            if sample is None:
                 lines.append(
-                    f"{result.key[:8]}, {metric}: {gaps} drawn rows were skipped or left out; where those are the hard "
-                    "ones, the others are no random sample"
+                    f"{name}: nothing says how the labelled rows were chosen; calibrated intervals hold only if it was "
+                    "at random (`flywheel label` draws them so)"
+                )
+            elif gaps := sample_gaps(
+                given, sample_order(result.fingerprint, ids, sample.seed), _skipped(file, result, metric)
+            ):
+                lines.append(
+                    f"{name}: {gaps} drawn rows were skipped or left out; where those are the hard ones, the others "
+                    "are no random sample"
                 )
     return lines
 
 
-def _label_more(found: CalibrationReport, advice: Advice) -> str:
-    """The command that adds the missing labels, to the candidate with the fewest; empty where it has no more rows."""
-    mine = [e for e in found.estimates if (e.judge, e.metric, e.source) == (advice.judge, advice.metric, advice.source)]
-    least = min(mine, key=lambda e: (e.labels, e.key))
-    return (
-        f"Label {advice.more_labels} more rows: flywheel label {least.key[:8]} --n {least.labels + advice.more_labels}"
-    )
+def _skipped(file: LabelFile, scored: Scored, metric: str) -> set[str]:
+    """Examples of a trial that somebody skipped."""
+    return {example for name, trial, example, _ in file.skipped() if (name, trial) == (metric, scored.key)}
 
 
-def _interval(interval: Interval | None) -> str:
+def _label_more(found: CalibrationReport, advice: Advice, file: LabelFile, results: Sequence[Scored]) -> str:
+    """The command that adds missing labels to the candidate with the fewest; empty where none has rows left."""
+    trials = {r.key: r for r in results}
+    choices = []
+    for e in found.estimates:
+        if (e.judge, e.metric, e.source) == (advice.judge, advice.metric, advice.source):
+            trial = trials[e.key]
+            asked = {o.example_id for o in answered(trial) if e.metric in o.scores}
+            fitting = set(file.fitting(trial, e.metric)) & asked
+            left = len(asked - fitting - _skipped(file, trial, e.metric))
+            if left:
+                choices.append((e.labels, e.key, len(fitting), left))
+    if not choices:
+        return ""
+    _, key, labelled, left = min(choices)
+    more = min(advice.more_labels, left)
+    several = f" --metric {advice.metric}" if len(judged_metrics(trials[key])) > 1 else ""
+    return f"Label {more} more rows: flywheel label {key[:8]} --n {labelled + more}{several}"
+
+
+def _interval(estimate: Interval | ScoreMean | None) -> str:
+    interval = estimate.interval() if isinstance(estimate, ScoreMean) else estimate
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]" if interval else ""
 
 
@@ -257,7 +317,7 @@ def label(
             help="A trial by the beginning of its key. Default: the only one on the latest dataset.",
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many rows to label in all.")] = 50,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many labels you want to have given in all.")] = 50,
     seed: Annotated[int, typer.Option(help="Decides which rows are drawn.")] = 0,
     metric: Annotated[str | None, typer.Option(help="The judged metric, where a row has several.")] = None,
     labeler: Annotated[str | None, typer.Option(help="Your name in the file. Default: your user name.")] = None,
@@ -271,12 +331,13 @@ def label(
     """Label a random sample of a trial's answers by hand: request, the teacher's answer, the candidate's, your value.
 
     Every label is written at once, so Ctrl-C loses nothing, and the same command goes on where it was. Rows are drawn
-    at random, which is what lets the labelled few speak for the rest.
+    at random, which is what lets the labelled few speak for the rest; for one you skip another is drawn. What you said
+    of the same answers in another trial on this dataset counts here too.
     """
     places = places_of(runs, None)
     scored = _trial(Ledger(places.ledger), trial)
     path = labels or places.runs / "labels" / f"{scored.fingerprint}.jsonl"
-    who = labeler or getpass.getuser()
+    who = labeler or _user()
     rows = {o.example_id: (o, chosen) for o in answered(scored) if (chosen := _metric(scored, o, metric))}
     if not rows:
         has = ", ".join(judged_metrics(scored)) or "none"
@@ -293,17 +354,31 @@ def label(
             f"rows of trial {scored.key} were drawn with seed {earlier.seed} in {path}; "
             f"use --seed {earlier.seed}, or another file with --labels"
         )
-    order = [id for id in sample_order(scored.key, [o.example_id for o in answered(scored)], seed) if id in rows][:n]
-    done = {key[2] for key in (*file.labels(), *file.skipped()) if key[1] == scored.key and key[3] == who}
+    order = sample_order(scored.fingerprint, rows, seed)
+    metrics = {chosen for _, chosen in rows.values()}
+    labelled = {id for m in metrics for id, by in file.fitting(scored, m).items() if who in by and _of(rows, id, m)}
+    skipped = {id for m, trial, id, by in file.skipped() if trial == scored.key and by == who and _of(rows, id, m)}
     if earlier is None:
         append(
             path,
             Sample(type="sample", dataset=scored.fingerprint, trial=scored.key, seed=seed, population=len(rows)),
         )
     session = _Session(wide(), scored, examples, rows, path, who, blind, verdict)
-    left = session.run(order, done)
-    written = f"{len(order) - left} of {len(order)} rows done by {who}, {left} remain; labels are in {path}"
-    wide().print(written + ("" if left else "\nNow: flywheel judge calibrate"), highlight=False, markup=False)
+    session.run(order, n, labelled, skipped - labelled)
+    wide().print(f"{session.state(n)}; labels are in {path}", highlight=False, markup=False)
+    if not session.left(n):
+        wide().print("Now: flywheel judge calibrate", highlight=False)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user without a name
+        raise ConfigError("your user has no name on this system; say who labels with --labeler NAME") from None
+
+
+def _of(rows: dict[str, tuple[Outcome, str]], id: str, metric: str) -> bool:
+    return id in rows and rows[id][1] == metric
 
 
 def answered(scored: Scored) -> list[Outcome]:
@@ -355,32 +430,90 @@ class _Session:
         self._blind = blind
         self._verdict = verdict
         self._note: str | None = None
+        self._order: list[str] = []
+        self._labelled: set[str] = set()
+        self._skipped: set[str] = set()
 
-    def run(self, order: Sequence[str], done: set[str]) -> int:
-        """Ask for every row that is not done, and return how many are left."""
-        done = done & set(order)
-        at = self._next(order, done, 0)
+    def run(self, order: Sequence[str], n: int, labelled: set[str], skipped: set[str]) -> None:
+        """Ask for rows in this order until n have a label, or the person or the rows are at an end.
+
+        Args:
+            order: example ids.
+            n: labels wanted, with those there are.
+            labelled: rows with a label of this person.
+            skipped: rows this person would not judge.
+        """
+        self._order, self._labelled, self._skipped = list(order), set(labelled), set(skipped)
+        at = self._next(0, n)
+        shown: int | None = None
         in_full = False
-        while at < len(order):
-            id = order[at]
-            self._show(id, f"{len(order) - len(done)} of {len(order)} rows remain", in_full)
-            answer = self._ask(id)
-            in_full = answer == "f"
-            if answer is None or answer == "q":
-                break
-            if answer == "back":
-                at = max(at - 1, 0)
-            elif answer == "s" or isinstance(answer, float):
-                self._write(id, None if answer == "s" else float(answer))
-                done.add(id)
-                at = self._next(order, done, at + 1)
-        return len(order) - len(done)
+        try:
+            while True:
+                if at is None:
+                    if shown is None or not self._back_from_the_end(n):
+                        break
+                    at = shown
+                id, shown = order[at], at
+                self._show(id, self._remaining(n), in_full)
+                answer = self._ask(id)
+                in_full = answer == "f"
+                if answer is None or answer == "q":
+                    self._drop_note("no answer followed")
+                    break
+                if answer == "back":
+                    self._drop_note("it is not of the row before")
+                    at = max(at - 1, 0)
+                elif answer == "s" or isinstance(answer, float):
+                    self._write(id, None if answer == "s" else float(answer))
+                    at = self._next(at + 1, n)
+        except KeyboardInterrupt:
+            self._console.print()
+            self._drop_note("no answer followed")
 
-    @staticmethod
-    def _next(order: Sequence[str], done: set[str], start: int) -> int:
-        """The next row that is not done, from `start` on and then from the first."""
-        places = [*range(start, len(order)), *range(start)]
-        return next((i for i in places if order[i] not in done), len(order))
+    def left(self, n: int) -> int:
+        """How many labels are still to be given: of those wanted, as far as there are rows."""
+        unseen = len(self._order) - len(self._labelled) - len(self._skipped)
+        return max(min(n - len(self._labelled), unseen), 0)
+
+    def state(self, n: int) -> str:
+        """What is done, in words."""
+        skipped = f" ({len(self._skipped)} skipped)" if self._skipped else ""
+        done = f"{len(self._labelled)} of {n} rows labelled by {self._who}{skipped}"
+        if not self.left(n) and len(self._labelled) < n:
+            return f"{done}, and the trial has no more rows"
+        return f"{done}, {self.left(n)} remain"
+
+    def _remaining(self, n: int) -> str:
+        return f"{len(self._labelled)} of {n} labelled, {self.left(n)} remain"
+
+    def _next(self, start: int, n: int) -> int | None:
+        """The next row to label, from `start` on and then from the first; None where nothing is left to do."""
+        if not self.left(n):
+            return None
+        places = [*range(start, len(self._order)), *range(start)]
+        done = self._labelled | self._skipped
+        return next(i for i in places if self._order[i] not in done)
+
+    def _back_from_the_end(self, n: int) -> bool:
+        """After the last row: whether to see it again."""
+        while True:
+            self._console.print(
+                f"{self.state(n)}. Enter to finish, b to go back\n> ", end="", highlight=False, markup=False
+            )
+            line = sys.stdin.readline()
+            text = line.strip().lower()
+            if not line:
+                self._console.print()
+            if text in ("", "q"):
+                return False
+            if text in ("b", "back"):
+                return True
+            self._console.print(f"{text!r} is no answer", highlight=False, markup=False)
+
+    def _drop_note(self, why: str) -> None:
+        if self._note is not None:
+            self._console.print(f"the note is dropped: {why}", highlight=False, markup=False)
+        self._note = None
 
     def _ask(self, id: str) -> str | float | None:
         """A command, a value in [0, 1] of the candidate, or None at the end of input."""
@@ -392,9 +525,13 @@ class _Session:
                 self._console.print()
                 return None
             text = line.strip()
-            if text in ("s", "q", "f", "back"):
-                return text
-            if text.startswith("m "):
+            command = text.lower()
+            if command in ("s", "q", "f", "back"):
+                return command
+            if command == "?":
+                self._console.print(_LONG_HELP, highlight=False, markup=False)
+                continue
+            if command.startswith("m "):
                 self._note = text[2:].strip()
                 self._console.print("noted", highlight=False)
                 continue
@@ -412,7 +549,16 @@ class _Session:
             "note": self._note,
             "labelled_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        append(self._path, Skip(type="skip", **given) if value is None else Label(value=value, **given))
+        if value is None:
+            append(self._path, Skip(type="skip", **given))
+            self._labelled.discard(id)
+            self._skipped.add(id)
+        else:
+            completion = self._rows[id][0].completion
+            assert completion is not None
+            append(self._path, Label(value=value, answer=answer_hash(id, completion), **given))
+            self._skipped.discard(id)
+            self._labelled.add(id)
         self._note = None
 
     def _kind(self, id: str) -> Kind:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flywheel_ray.candidates import SearchSpace
 from flywheel_ray.datasets import DatasetPolicy
@@ -27,7 +27,7 @@ from flywheel_ray.prices import Price, TokenPrice
 from flywheel_ray.scoring import Strictness
 from flywheel_ray.services import Generation
 from flywheel_ray.text_scoring import TextMetric
-from flywheel_ray.values import Value
+from flywheel_ray.values import SECRET_GIVEN, EndpointUrl, Value
 
 Config = TypeVar("Config", bound=Value)
 
@@ -73,7 +73,7 @@ class HelixPlatformConfig(Value):
     """Fine-tune and answer through NeMo Helix (`/apis`); see `platforms/helix.py` for what has been run."""
 
     type: Literal["helix"] = "helix"
-    base_url: str
+    base_url: EndpointUrl
     workspace: str = "default"
     backend: str = "automodel"
     api_key_env: str | None = None
@@ -84,9 +84,9 @@ class NemoV1PlatformConfig(Value):
     """Fine-tune and answer through NeMo Microservices 25.x (`/v1`), which has three origins."""
 
     type: Literal["nemo_v1"] = "nemo_v1"
-    nemo_url: str
-    datastore_url: str
-    nim_url: str
+    nemo_url: EndpointUrl
+    datastore_url: EndpointUrl
+    nim_url: EndpointUrl
     namespace: str = "flywheel"
     num_gpus: int = Field(default=1, ge=1)
     api_key_env: str | None = None
@@ -126,8 +126,10 @@ class RubricFiles(Rubrics):
 class LlmJudgeConfig(JudgeSettings):
     """Judge by a model behind an OpenAI-compatible endpoint; what decides its verdicts is in `JudgeSettings`."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     type: Literal["llm"] = "llm"
-    url: str
+    url: EndpointUrl
     api_key_env: str | None = None
     """Name of the environment variable that holds the key."""
     rubrics: RubricFiles = RubricFiles()
@@ -276,7 +278,7 @@ def _sentence(error: Any, location: tuple[str, ...], meant: str | None) -> str:
         return f"{path}: unknown key" + (f", did you mean {meant!r}?" if meant else "")
     if error["type"] == "missing":
         return f"{path}: missing"
-    given = error.get("input")
+    given = error.get("input") if error["type"] != SECRET_GIVEN else None
     shown = f" (is {given!r})" if isinstance(given, str | int | float | bool) else ""
     message = error["msg"].removeprefix("Value error, ")
     return f"{path or 'file'}: {message[:1].lower()}{message[1:]}{shown}"

@@ -1,12 +1,16 @@
 """Human labels are JSON lines that anyone can write, one label a line, appended as they are given.
 
-    {"trial": "d082cc86…", "example_id": "5f3a…", "metric": "similarity", "value": 0.8, "labeler": "ana"}
+    {"trial": "d082cc86…", "example_id": "5f3a…", "metric": "similarity", "value": 0.8, "labeler": "ana", "answer": "…"}
     {"type": "skip", "trial": "d082cc86…", "example_id": "77b0…", "metric": "similarity", "labeler": "ana"}
     {"type": "sample", "dataset": "3f9a…", "trial": "d082cc86…", "seed": 0, "population": 306}
 
 A value is in [0, 1]: 0 or 1 for correctness, a rating of 1 … 10 divided by ten for similarity, as the judge's are. The
 last label of a labeler on a row counts; several labelers' values are averaged. A `sample` line says how rows were
 drawn, which is what allows them to speak for the rest. Reading is strict: an error names file, line and field.
+
+`answer` says what was labelled (`answer_hash`), so that labels outlive the trial: a sweep with another judge or rubric
+gives trials other keys, and the same answers. A label counts for its own trial, and for every trial of the dataset that
+gave the same answer to that example; one without `answer` counts for its own trial alone.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,8 +27,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from flywheel_ray.calibration import ACCEPT_AT, RowId, cohens_kappa
 from flywheel_ray.errors import LedgerError
+from flywheel_ray.records import Completion
+from flywheel_ray.results import Scored
 from flywheel_ray.stats import Interval
-from flywheel_ray.values import Value, canonical_json
+from flywheel_ray.values import Value, canonical_json, content_hash
 
 
 class Label(Value):
@@ -37,6 +43,8 @@ class Label(Value):
     metric: str = Field(min_length=1)
     value: float = Field(ge=0, le=1)
     labeler: str = Field(min_length=1)
+    answer: str | None = Field(default=None, min_length=1)
+    """`answer_hash` of what was labelled."""
     note: str | None = None
     labelled_at: str | None = None
     """ISO 8601, with a zone."""
@@ -86,19 +94,61 @@ class LabelFile(Value):
                 found.pop(row, None)
         return found
 
-    def by_metric(self) -> dict[str, dict[RowId, float]]:
-        """Metric → (trial, example id) → label: the mean over labelers."""
-        given: dict[tuple[str, RowId], list[float]] = defaultdict(list)
-        for (metric, trial, example, _), label in self.labels().items():
-            given[metric, (trial, example)].append(label.value)
-        found: dict[str, dict[RowId, float]] = defaultdict(dict)
-        for (metric, row), values in given.items():
-            found[metric][row] = sum(values) / len(values)
-        return dict(found)
+    def of_trials(self, results: Sequence[Scored]) -> dict[str, dict[RowId, float]]:
+        """Metric → (trial, example id) → label, as `calibration.report` takes them: `of` for every trial."""
+        metrics = dict.fromkeys(metric for metric, *_ in self.labels())
+        found: dict[str, dict[RowId, float]] = {metric: {} for metric in metrics}
+        for result in results:
+            for metric in metrics:
+                found[metric] |= {(result.key, example): v for example, v in self.of(result, metric).items()}
+        return {metric: rows for metric, rows in found.items() if rows}
 
-    def of(self, trial: str, metric: str) -> dict[str, float]:
-        """Example id → label of one trial, as `calibration.debiased` takes them."""
-        return {example: v for (key, example), v in self.by_metric().get(metric, {}).items() if key == trial}
+    def of(self, scored: Scored, metric: str) -> dict[str, float]:
+        """Example id → label of one trial, the mean over labelers, as `calibration.debiased` takes them.
+
+        Labels of another trial count where its answers are the same, and only if none of its labelled rows is left open
+        here: the rows on which two candidates agree are no random sample of the rows of either. As far as the trial's
+        own labels reach in the order of the sample, none is open, since `flywheel label` asks for the open ones first.
+        """
+        fitting, open_ = self.fitting(scored, metric), self._open(scored, metric)
+        whole = {scored.key} | {trial for trial, examples in open_.items() if not examples}
+        counted = {
+            label.example_id for label in self.labels().values() if label.metric == metric and label.trial in whole
+        }
+        if (sample := self.samples().get(scored.key)) is not None:
+            own = {label.example_id for label in self.labels().values() if label.trial == scored.key}
+            order = sample_order(sample.dataset, fitting, sample.seed)
+            counted.update(order[: max((i for i, example in enumerate(order, 1) if example in own), default=0)])
+        return {example: sum(by.values()) / len(by) for example, by in fitting.items() if example in counted}
+
+    def fitting(self, scored: Scored, metric: str) -> dict[str, dict[str, float]]:
+        """Example id → labeler → label of this trial, or else of the same answer in another one."""
+        answers = answers_of(scored, {label.example_id for label in self.labels().values()})
+        found: dict[str, dict[str, float]] = defaultdict(dict)
+        for label in sorted(self.labels().values(), key=lambda label: label.trial == scored.key):
+            same = label.answer is not None and label.answer == answers.get(label.example_id)
+            if label.metric == metric and (same or label.trial == scored.key):
+                found[label.example_id][label.labeler] = label.value
+        for name, trial, example, labeler in self.skipped():
+            if (name, trial) == (metric, scored.key) and example in found:
+                found[example].pop(labeler, None)
+        return {example: by for example, by in found.items() if by}
+
+    def waiting(self, scored: Scored, metric: str) -> set[str]:
+        """The fewest examples to label before another trial's labels count here; empty where they do, or none fits."""
+        return min(self._open(scored, metric).values(), key=len, default=set())
+
+    def _open(self, scored: Scored, metric: str) -> dict[str, set[str]]:
+        """Another trial with a label that fits → its labelled examples that this one answered otherwise, unlabelled."""
+        answers = answers_of(scored, {label.example_id for label in self.labels().values()})
+        skipped = {example for name, trial, example, _ in self.skipped() if (name, trial) == (metric, scored.key)}
+        seen = skipped | set(self.fitting(scored, metric))
+        found: dict[str, set[str]] = {}
+        others = [one for one in self.labels().values() if one.metric == metric and one.trial != scored.key]
+        for trial in {one.trial for one in others if one.answer and one.answer == answers.get(one.example_id)}:
+            theirs = {one.example_id for one in others if one.trial == trial}
+            found[trial] = (theirs & set(answers)) - seen
+        return found
 
     def skipped(self) -> set[tuple[str, str, str, str]]:
         """(metric, trial, example id, labeler) of rows whose last word is a skip."""
@@ -170,20 +220,40 @@ def append(path: Path, line: Label | Skip | Sample) -> None:
         raise LedgerError(f"cannot write labels {path}: {error.strerror or error}") from error
 
 
-def sample_order(trial: str, example_ids: Iterable[str], seed: int = 0) -> list[str]:
-    """Example ids in a random order that depends on nothing but seed, trial and id.
+def answer_hash(example_id: str, completion: Completion) -> str:
+    """What a label speaks of: the example, and the text and tool calls of the answer."""
+    calls = [[call.name, call.arguments] for call in completion.tool_calls]
+    return content_hash([example_id, completion.text, calls])
 
-    The first n of them are a simple random sample for every n, so a sample grows without being drawn anew.
+
+def answers_of(scored: Scored, examples: Container[str] | None = None) -> dict[str, str]:
+    """Example id → `answer_hash` of what a trial answered (first, where it was asked repeatedly); of some examples."""
+    return {
+        o.example_id: answer_hash(o.example_id, o.completion)
+        for o in scored.outcomes
+        if o.completion is not None and not o.repeat and (examples is None or o.example_id in examples)
+    }
+
+
+def sample_order(dataset: str, example_ids: Iterable[str], seed: int = 0) -> list[str]:
+    """Example ids in a random order that depends on nothing but seed, dataset and id.
+
+    The first n of them are a simple random sample for every n, so a sample grows without being drawn anew. All trials
+    of a dataset share it, so labels of answers that two of them have in common are part of the sample of both.
     """
-    return sorted(example_ids, key=lambda id: hashlib.sha256(f"{seed}/{trial}/{id}".encode()).digest())
+    return sorted(example_ids, key=lambda id: hashlib.sha256(f"{seed}/{dataset}/{id}".encode()).digest())
 
 
-def sample_gaps(labelled: Mapping[str, float] | Iterable[str], order: Iterable[str]) -> int:
-    """How many rows before the last labelled one, in a sample's order, have no label: 0 for an intact sample."""
-    given, gaps, pending = set(labelled), 0, 0
+def sample_gaps(labelled: Iterable[str], order: Iterable[str], skipped: Iterable[str] = ()) -> int:
+    """How many rows that were drawn have no label: 0 for an intact sample.
+
+    Rows are drawn, in a sample's order, up to the last that is labelled or skipped.
+    """
+    given, passed = set(labelled), set(skipped)
+    gaps, pending = 0, 0
     for id in order:
-        if id in given:
-            gaps, pending = gaps + pending, 0
+        if id in given or id in passed:
+            gaps, pending = gaps + pending + (id not in given), 0
         else:
             pending += 1
     return gaps

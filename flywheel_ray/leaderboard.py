@@ -4,17 +4,18 @@
     board.rows[0].quality          # Interval(estimate=0.95, low=0.91, high=0.973, n=200, …)
     board.winner, board.verdict    # the cheapest candidate shown non-inferior, or None and why
 
-The teacher's answers are the reference, so the teacher's own quality is 1 by definition and a student's score is its
-agreement with the teacher. Only `Scored` trials are ranked; failed ones are listed with their stage, never as a 0.
+The teacher's answers are the reference, so the teacher's own quality is known (1, or 0.5 where a judge prefers one of
+two) and a student's score is its agreement with the teacher. Only `Scored` trials are ranked; failed ones are listed
+with their stage, never as a 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
-from scipy import special
 
 from flywheel_ray.datasets import Example
 from flywheel_ray.errors import LedgerError
@@ -24,6 +25,7 @@ from flywheel_ray.results import Cost, Failed, Outcome, Price, Scored, cost_of
 from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
 from flywheel_ray.stats import (
     Interval,
+    ScoreMean,
     design_effect,
     holm,
     mean_interval,
@@ -54,19 +56,22 @@ class Row(Value):
     difference: Interval | None = None
     """Candidate − teacher on the same examples. An example the candidate did not answer counts as wrong here."""
     p_value: float | None = None
-    """Of "worse than the teacher by the margin or more", one-sided, adjusted for the number of candidates (Holm)."""
+    """Of "worse than the teacher by the margin or more", one-sided, adjusted for the number of candidates (Holm); None
+    where nothing is known but a judge's opinion."""
     scores: dict[str, Interval | None]
     unscored: dict[str, int]
     """Rows without a value, for each metric: counted beside the mean, never inside it."""
     cost: Cost
     usd_per_1000_successes: float | None = None
-    """What 1,000 right answers cost: the cost of 1,000 answers over the quality; None without a price or a success."""
+    """What 1,000 right answers cost: the cost of 1,000 answers over the share of right ones; None without a price or a
+    success, and where answers are not right or wrong but graded."""
     train_s: float | None = None
     evaluation_s: float | None = None
     pareto: bool = False
     """True where no other row is both better and cheaper, as measured."""
     dominated_by: str | None = None
-    """Key of a cheaper candidate that is surely better, or surely no worse by the margin, on the same examples."""
+    """Key of a cheaper (without prices: faster) candidate that is better, or no worse by the margin, on the same
+    examples, each at the leaderboard's confidence; None where scores are a judge's opinion."""
 
 
 class Recommendation(Value):
@@ -98,7 +103,7 @@ def leaderboard(
     prices: Mapping[str, Price] | None = None,
     margin: float = 0.02,
     confidence: float = 0.95,
-    corrected: Mapping[str, Mapping[str, Interval]] | None = None,
+    corrected: Mapping[str, Mapping[str, ScoreMean]] | None = None,
     trust_judge: bool = False,
 ) -> Leaderboard:
     """Rank results of one dataset.
@@ -109,7 +114,8 @@ def leaderboard(
         metric: what to rank by; None takes args accuracy where there are tools, else similarity.
         prices: price by model name, and under "teacher" the teacher's.
         margin: how much worse than the teacher a candidate may be and still replace it, in points of the metric / 100.
-        confidence: of every interval; a winner is claimed in error with probability (1 − confidence)/2 at most.
+        confidence: of every interval; a winner is claimed in error with probability (1 − confidence)/2, about, for all
+            candidates of these results together.
         corrected: judged metric → key → the quality that people's labels correct the judge's to.
         trust_judge: name a winner by a judge that no labels correct.
 
@@ -139,7 +145,9 @@ def leaderboard(
             update={
                 "p_value": adjusted.get(row.key),
                 "pareto": _on_front(row, rows),
-                "dominated_by": _dominated_by(row, rows, {r.key: r for r in scored}, metric, margin, confidence),
+                "dominated_by": _dominated_by(row, rows, {r.key: r for r in scored}, metric, margin, confidence)
+                if trusted
+                else None,
             }
         )
         for row in rows
@@ -171,11 +179,12 @@ def _row(
     price: Price | None,
     margin: float,
     confidence: float,
-    corrected: Interval | None,
+    corrected: ScoreMean | None,
     trusted: bool,
 ) -> Row:
     scores = {name: _interval(result, name, confidence) for name in metrics}
-    quality = corrected or scores.get(metric)
+    quality = corrected.interval(confidence) if corrected else scores.get(metric)
+    graded = any(v not in (0.0, 1.0) for v in result.values(metric))
     answered = [o.completion for o in result.outcomes if o.completion is not None]
     rate = len(answered) / result.evaluation_s * 3600 if result.evaluation_s > 0 and answered else None
     cost = cost_of(answered, price, rate)
@@ -195,7 +204,7 @@ def _row(
         unscored={name: sum(name in o.unscored for o in result.outcomes) for name in metrics},
         cost=cost,
         usd_per_1000_successes=cost.usd_per_1000 / quality.estimate
-        if cost.usd_per_1000 is not None and quality and quality.estimate > 0
+        if cost.usd_per_1000 is not None and quality and quality.estimate > 0 and not graded
         else None,
         train_s=result.training.train_s if result.training else None,
         evaluation_s=result.evaluation_s,
@@ -208,13 +217,11 @@ def _interval(result: Scored, metric: str, confidence: float) -> Interval | None
 
 
 def _against_teacher(
-    result: Scored, metric: str, margin: float, confidence: float, corrected: Interval | None
+    result: Scored, metric: str, margin: float, confidence: float, corrected: ScoreMean | None
 ) -> tuple[Interval | None, float | None]:
     teacher = teacher_score(metric)
     if corrected is not None:
-        error = (corrected.high - corrected.low) / 2 / float(special.ndtri(0.5 + confidence / 2))
-        above = corrected.estimate - teacher + margin
-        return corrected.shifted(-teacher), float(special.ndtr(-above / error)) if error > 0 else float(above <= 0)
+        return corrected.interval(confidence).shifted(-teacher), corrected.p_value(teacher - margin)
     values, conversations = _claimed(result, metric)
     if not values:
         return None, None
@@ -233,27 +240,35 @@ def _claim(outcome: Outcome, metric: str) -> float | None:
 
 
 def _teacher_row(answers: Sequence[Completion], metric: str, metrics: Sequence[str], price: Price | None) -> Row:
-    one = Interval(estimate=1.0, low=1.0, high=1.0, n=len(answers))
+    def known(name: str) -> Interval:
+        level = teacher_score(name)
+        return Interval(estimate=level, low=level, high=level, n=len(answers))
+
     return Row(
         key=TEACHER,
         label="teacher (the reference)",
         model=TEACHER,
         evaluation="reference",
-        quality=one,
-        scores=dict.fromkeys(metrics, one),
+        quality=known(metric),
+        scores={name: known(name) for name in metrics},
         unscored=dict.fromkeys(metrics, 0),
         cost=cost_of(answers, price),
     )
 
 
-def _price(row: Row) -> float | None:
-    """What makes a row cheap: dollars, or where nobody configured any the latency."""
-    return row.cost.usd_per_1000 if row.cost.usd_per_1000 is not None else row.cost.latency_p50_s
+def _priced(rows: Sequence[Row]) -> bool:
+    """Whether dollars can compare these rows; where one has no price they are compared by latency."""
+    return all(row.cost.usd_per_1000 is not None for row in rows)
+
+
+def _price(row: Row, rows: Sequence[Row]) -> float | None:
+    """What makes a row cheap among these."""
+    return row.cost.usd_per_1000 if _priced(rows) else row.cost.latency_p50_s
 
 
 def _on_front(row: Row, rows: Sequence[Row]) -> bool:
     def point(r: Row) -> tuple[float, float] | None:
-        price = _price(r)
+        price = _price(r, rows)
         return None if r.quality is None or price is None else (r.quality.estimate, -price)
 
     mine = point(row)
@@ -266,18 +281,15 @@ def _on_front(row: Row, rows: Sequence[Row]) -> bool:
 def _dominated_by(
     row: Row, rows: Sequence[Row], results: Mapping[str, Scored], metric: str, margin: float, confidence: float
 ) -> str | None:
-    """The cheapest row that makes this one pointless: sure on paired examples, so noise dominates nobody."""
-    mine = _price(row)
+    """The cheapest row that makes this one pointless: by an interval on paired examples, so noise dominates nobody."""
+    mine = _price(row, rows)
     if mine is None or row.quality is None:
         return None
-    for other in sorted(
-        (r for r in rows if r.key != row.key and _price(r) is not None), key=lambda r: _price(r) or 0.0
-    ):
-        price = _price(other) or 0.0
-        if price > mine or (found := _between(results[other.key], results[row.key], metric, confidence)) is None:
-            continue
-        if found.low > 0 or (price < mine and found.low >= -margin):
-            return other.key
+    prices = sorted((p, r.key) for r in rows if r.key != row.key and (p := _price(r, rows)) is not None and p <= mine)
+    for price, key in prices:
+        found = _between(results[key], results[row.key], metric, confidence)
+        if found and (found.low > 0 or (price < mine and found.low >= -margin)):
+            return key
     return None
 
 
@@ -321,35 +333,40 @@ def _recommend(
     bar, alpha = teacher_score(metric) - margin, (1 - confidence) / 2
     good = [r for r in ranked if r.p_value is not None and r.p_value <= alpha]
     if good:
-        best = min(good, key=lambda r: (r.cost.usd_per_1000 is None, _price(r) or 0.0))
-        cheapest = f" (the cheapest of {len(good)} that are)" if len(good) > 1 else ""
+        prices = {r.key: _price(r, good) for r in good}
+        best = min(good, key=lambda r: (prices[r.key] is None, prices[r.key] or 0.0))
+        most = "cheapest" if _priced(good) else "fastest"
+        cheapest = f" (the {most} of {len(good)} that are)" if len(good) > 1 else ""
         return Recommendation(
             status="winner",
             winner=best.key,
-            verdict=f"{best.label} is within {margin:.0%} of the teacher{cheapest}: {metric} {_figures(best)} held-out "
-            f"records, p {best.p_value:.2g} adjusted for {len(ranked)} tried.{waiting}",
+            verdict=f"{best.label} is within {margin:.0%} of the teacher{cheapest}: {metric} {_figures(best, metric)} "
+            f"held-out records, p {best.p_value:.2g} adjusted for {len(ranked)} tried.{waiting}",
         )
     undecided = [r for r in ranked if r.difference and r.difference.high >= -margin]
     if not undecided:
         return Recommendation(
             status="none",
-            verdict=f"No candidate is good enough: the best, {ranked[0].label}, scores {_figures(ranked[0])} records, "
-            f"below {bar:.3f}.{waiting}",
+            verdict=f"No candidate is good enough: the best, {ranked[0].label}, scores {_figures(ranked[0], metric)} "
+            f"records, below {bar:.3f}.{waiting}",
         )
     # Holm asks the smallest p-value of k candidates to stay below α/k, so that is what more records must reach.
     wanted = {r.key: _more(r, results[r.key], metric, margin, alpha / len(ranked)) for r in undecided}
     best = min(undecided, key=lambda r: (wanted[r.key] is None, not _promising(r, margin), wanted[r.key] or 0))
     more = wanted[best.key]
-    if more is None:
+    if best.calibrated:
+        missing = "more labels are needed to say"
+    elif more is None:
         missing = "no number of records would settle it"
     elif _promising(best, margin):
         missing = f"about {more:,} more held-out records would show it"
     else:
         missing = f"it stands below {bar:.3f}, and about {more:,} more held-out records would show that"
+    power = f" ({POWER:.0%} power)" if more is not None else ""
     return Recommendation(
         status="not_enough_evidence",
-        verdict=f"Not enough evidence: {best.label} scores {_figures(best)} records; {bar:.3f} is neither shown nor "
-        f"excluded. At its present score {missing} ({POWER:.0%} power).{waiting}",
+        verdict=f"Not enough evidence: {best.label} scores {_figures(best, metric)} records; {bar:.3f} is neither "
+        f"shown nor excluded. At its present score {missing}{power}.{waiting}",
         records_needed=more,
     )
 
@@ -358,24 +375,30 @@ def _promising(row: Row, margin: float) -> bool:
     return row.difference is not None and row.difference.estimate > -margin
 
 
-def _figures(row: Row) -> str:
-    assert row.quality
-    q = row.quality
+def _figures(row: Row, metric: str) -> str:
+    """The score that is claimed: of all examples, those without an answer included."""
+    assert row.difference
+    q = row.difference.shifted(teacher_score(metric))
     how = ", corrected by labels," if row.calibrated else ""
     return f"{q.estimate:.3f} [{q.low:.3f}, {q.high:.3f}]{how} on {q.n}"
 
 
 def _more(row: Row, result: Scored, metric: str, margin: float, alpha: float) -> int | None:
-    """How many records beyond those at hand settle, at the row's present score, on which side of the margin it lies."""
-    assert row.difference
+    """How many records beyond those at hand settle, at the row's present score, on which side of the margin it lies.
+
+    None where no number would, and where labels are what is missing.
+    """
     values, conversations = _claimed(result, metric)
+    if row.difference is None or row.calibrated or not values:
+        return None
     losses = [(v - teacher_score(metric)) ** 2 for v in values]
     # Two pairs more, one of them discordant, so that a clean sheet is not taken for a rate of 0.
     discordance = (sum(losses) + 1) / (len(losses) + 2)
     difference = row.difference.estimate
-    effect = design_effect(values, conversations) if values else 1.0
+    effect = design_effect(values, conversations)
     total = pairs_needed(difference, max(discordance, abs(difference)), margin, alpha, POWER, effect)
-    return None if total is None else max(1, total - row.difference.n)
+    repeats = len(values) / len({o.example_id for o in result.outcomes if metric in o.scores})
+    return None if total is None else max(1, math.ceil((total - len(values)) / repeats))
 
 
 class LeaderboardSettings(Value):

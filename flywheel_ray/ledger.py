@@ -23,7 +23,7 @@ from flywheel_ray.datasets import Example
 from flywheel_ray.errors import LedgerError
 from flywheel_ray.leaderboard import Leaderboard, LeaderboardSettings, leaderboard
 from flywheel_ray.results import TRIAL_RESULT, Failed, Price, Scored
-from flywheel_ray.stats import Interval
+from flywheel_ray.stats import ScoreMean
 from flywheel_ray.values import canonical_json
 
 _PRICES: TypeAdapter[dict[str, Price]] = TypeAdapter(dict[str, Price])
@@ -189,10 +189,10 @@ class Ledger:
                 f"ledger {self.url}: {fingerprint}/calibration.json is damaged; run `flywheel judge calibrate` again"
             ) from None
 
-    def _corrected(self, fingerprint: str) -> dict[str, dict[str, Interval]]:
+    def _corrected(self, fingerprint: str) -> dict[str, dict[str, ScoreMean]]:
         """Judged metric → trial key → the quality that people's labels correct the judge's to."""
         known = self.calibration(fingerprint)
-        found: dict[str, dict[str, Interval]] = {}
+        found: dict[str, dict[str, ScoreMean]] = {}
         for estimate in known.estimates if known else ():
             if estimate.source == "human" and estimate.calibrated is not None:
                 found.setdefault(estimate.metric, {})[estimate.key] = estimate.calibrated

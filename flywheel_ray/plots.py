@@ -20,7 +20,7 @@ import numpy as np
 from flywheel_ray.candidates import BASE_EVAL, CUSTOMIZED_EVAL, ICL_EVAL
 from flywheel_ray.datasets import Example
 from flywheel_ray.errors import FlywheelError
-from flywheel_ray.leaderboard import Leaderboard, Row
+from flywheel_ray.leaderboard import Leaderboard, Row, teacher_score
 from flywheel_ray.results import Failed, LossPoint, Scored
 from flywheel_ray.rollout import Gates
 from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
@@ -75,10 +75,10 @@ JUDGED = (TOOL_CALLING_CORRECTNESS, SIMILARITY)
 
 
 def quality(board: Leaderboard) -> Figure:
-    """Each candidate's agreement with the teacher and its interval, best first; the teacher at 1, the margin shaded."""
+    """Each candidate's score and its interval, best first; the teacher's as a line, the margin shaded."""
     rows = [(rank, row) for rank, row in enumerate(board.rows, 1) if row.quality][:MAX_ROWS]
     figure, axes = _figure(13, 1.05 + 0.36 * max(len(rows), 1))
-    _margin(axes.axvspan, axes.axvline, board.margin)
+    _margin(axes.axvspan, axes.axvline, board.margin, teacher_score(board.metric))
     for y, (_, row) in enumerate(rows):
         assert row.quality
         colour, marker, _ = LOOKS[row.evaluation]
@@ -124,7 +124,7 @@ def trade_off(board: Leaderboard) -> Figure | None:
         axes.plot(teacher, 1.0, marker="*", color=INK, ms=14, mec=PAPER, mew=0.8, ls="")
         side = "right" if teacher >= max(costs) else "left"
         axes.annotate("teacher", (teacher, 1.0), (0, -17), textcoords="offset points", ha=side, color=INK, size=10.5)
-    _margin(axes.axhspan, axes.axhline, board.margin)
+    _margin(axes.axhspan, axes.axhline, board.margin, teacher_score(board.metric))
     _cost_scale(axes, costs)
     axes.set_ylim(-0.04, 1.06)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -234,7 +234,7 @@ def latency(shadow: Any) -> Figure | None:
     return figure
 
 
-def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figure | None:
+def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 40) -> Figure | None:
     """Agreement as pairs arrived, with the anytime-valid confidence sequence; None without scored pairs.
 
     Args:
@@ -250,12 +250,12 @@ def running_agreement(shadow: Any, gates: Gates, checkpoints: int = 80) -> Figur
     for i, (arm, rows) in enumerate(scored.groupby("arm")):
         times = [moment.timestamp() for moment in rows["timestamp"]]
         paired = close([float(v) - 1 for v in rows[gates.metric]], list(rows["conversation"]), times, gates.idle_s)
-        ended = len(paired.sums)
+        ended = len(paired.means)
         ends = np.unique(np.linspace(1, ended, min(checkpoints, ended)).astype(int))
         looks = [paired.first(n) for n in ends]
         band = [bounds(look, gates.confidence, high=0.0) for look in looks]
         at = [look.n for look in looks]
-        means = [1 + float(look.sums.sum()) / look.n for look in looks]
+        means = [1 + float(look.means.mean()) for look in looks]
         colour = SERIES[i % len(SERIES)]
         axes.fill_between(
             at, [1 + low for low, _ in band], [1 + high for _, high in band], color=colour, alpha=0.18, lw=0
@@ -328,11 +328,11 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _margin(span: Any, line: Any, margin: float) -> None:
-    """The teacher's line at 1, and the band below it in which a candidate may replace the teacher."""
+def _margin(span: Any, line: Any, margin: float, teacher: float = 1.0) -> None:
+    """The teacher's line, and the band from the margin below it up, in which a candidate may replace the teacher."""
     if margin > 0:
-        span(1 - margin, 1, color=GREEN, alpha=0.22, lw=0, zorder=0)
-    line(1, color=INK, lw=1.2, zorder=1)
+        span(teacher - margin, 1, color=GREEN, alpha=0.22, lw=0, zorder=0)
+    line(teacher, color=INK, lw=1.2, zorder=1)
 
 
 def _legend(axes: Axes, evaluations: Sequence[str], margin: float | None) -> None:

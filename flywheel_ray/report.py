@@ -24,7 +24,7 @@ from typing import Any
 from flywheel_ray import __version__, plots
 from flywheel_ray.datasets import SPLITS, Dataset, Example
 from flywheel_ray.errors import LedgerError
-from flywheel_ray.leaderboard import Leaderboard, Row
+from flywheel_ray.leaderboard import Leaderboard, Row, teacher_score
 from flywheel_ray.records import Completion, content_text
 from flywheel_ray.results import Failed, Scored
 from flywheel_ray.rollout import ArmReport, Gates, RolloutReport, decide
@@ -150,12 +150,12 @@ def _tiles(board: Leaderboard, row: Row | None, live: RolloutReport | None, gate
     tiles = []
     if row and row.quality:
         whose = "winner" if board.winner else "best candidate"
-        q, teacher = row.quality, board.teacher.cost
+        q, teacher, reference = row.quality, board.teacher.cost, _percent(teacher_score(board.metric))
         tiles.append(
             _tile(
                 f"agreement with the teacher, {whose}",
                 _percent(q.estimate),
-                f"{q.confidence:.0%} interval {_range(q)}, n = {q.n}; the teacher is 100% by definition",
+                f"{q.confidence:.0%} interval {_range(q)}, n = {q.n}; the teacher is {reference} by definition",
             )
         )
         mine, theirs = row.cost.usd_per_1000, teacher.usd_per_1000
@@ -225,7 +225,7 @@ def _row(rank: str, row: Row, metrics: Sequence[str], board: Leaderboard) -> Htm
     for metric in metrics:
         interval, unscored = row.scores.get(metric), row.unscored.get(metric, 0)
         if reference:
-            cells.append(el("td", "100%", el("small", "by definition"), class_="n"))
+            cells.append(el("td", _percent(teacher_score(metric)), el("small", "by definition"), class_="n"))
             continue
         if row.calibrated and metric == board.metric:
             interval = row.quality

@@ -23,7 +23,7 @@ from flywheel_ray import sequences, stats
 from flywheel_ray.records import TEACHER, Completion, Record, conversation_of
 from flywheel_ray.scoring import FUNCTION_NAME, FUNCTION_NAME_AND_ARGS, score_tool_calls
 from flywheel_ray.text_scoring import EXACT_TEXT, exact_text
-from flywheel_ray.values import Value
+from flywheel_ray.values import EndpointUrl, Value
 
 QUEUE_FULL = "queue_full"
 SHUTDOWN = "shutdown"
@@ -33,7 +33,7 @@ DROPS = (QUEUE_FULL, SHUTDOWN, CLIENT_CLOSED)
 
 AgreementMetric = Literal["function_name_and_args_accuracy", "function_name_accuracy", "exact_text"]
 NAME = r"^[A-Za-z0-9._-]+$"
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+Url = Annotated[EndpointUrl, Field(pattern=r"^https?://[^\s/]+")]
 
 
 class Endpoint(Value):
@@ -94,6 +94,11 @@ class Arm(Value):
     workers: int = Field(default=4, ge=1)
     """Shadow copies in flight at a time."""
 
+    @property
+    def patience_s(self) -> float:
+        """The longest that a copy may wait and be answered, in seconds: by then it is in the logs, or never will be."""
+        return self.timeout_s * (1 + self.queue / self.workers)
+
 
 class Gates(Value):
     """What an arm must show before it is promoted, and what sends it back."""
@@ -104,11 +109,13 @@ class Gates(Value):
     rollback_margin: float | None = Field(default=None, ge=0, lt=1)
     """Disagreement that sends an arm back once it is surely exceeded; None takes `margin`."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """A wrong promotion and a wrong rollback each have probability 1 − confidence at most, over all looks."""
+    """A wrong promotion and a wrong rollback by quality each have probability 1 − confidence at most, over all looks; a
+    wrong rollback by errors half of that."""
     min_pairs: int = Field(default=50, ge=1)
     """No promotion before as many pairs."""
-    idle_s: float = Field(default=300, ge=0)
-    """A conversation counts once none of its pairs has come for so long; 0 counts each as it stands, for one look."""
+    idle_s: float | None = Field(default=300, gt=0)
+    """A conversation counts once none of its pairs has come for so long; None counts each as it stands, for one look at
+    the end."""
     max_error_rate: float = Field(default=0.05, ge=0, le=1)
 
 
@@ -218,7 +225,7 @@ class Pair(Value):
     @property
     def conversation(self) -> str:
         """What groups pairs that are not independent."""
-        return conversation_of(self.teacher.client_id, self.teacher.workload_id, self.teacher.messages)
+        return _conversation(self.teacher)
 
     def agreement(self, metric: str) -> float | None:
         """1 or 0; None where the metric does not apply: tool metrics need tools in the request, exact text none."""
@@ -289,7 +296,8 @@ class ArmReport(Value):
     agreement: dict[str, Agreement] = Field(default_factory=dict)
     """By metric, for those that apply to some pair."""
     error_rate: stats.Interval | None = None
-    """Anytime-valid share of failures among everything the arm was really asked; None where it was asked nothing."""
+    """Anytime-valid share of failures among all that the arm was really asked, in conversations that have ended; None
+    where there is none."""
     latency: Latency | None = None
     tokens: Tokens | None = None
 
@@ -349,8 +357,8 @@ def report(rollout: Rollout, records: Iterable[Record], as_of: float | None = No
     Args:
         rollout: whose logs to read, and by which gates.
         records: the logs.
-        as_of: the present, in seconds since the epoch, while traffic goes on: conversations that may still go on are
-            not counted as evidence yet. None: the traffic has ended.
+        as_of: the present, in seconds since the epoch, while traffic goes on: conversations that may still go on, or
+            whose copies may still be under way, are not counted as evidence yet. None: the traffic has ended.
     """
     logged = [r for r in records if r.rollout == rollout.name]
     pairs = pairs_of(logged)
@@ -380,13 +388,17 @@ def decide(arm: ArmReport, gates: Gates) -> Decision:
         return Decision(arm=arm.arm, action=action, reason=reason)
 
     errors = arm.error_rate
-    if errors is not None and errors.low > gates.max_error_rate:
+    # An outage long over keeps the sequence above the gate for good, so the rate itself has to be above it too.
+    if errors is not None and min(errors.low, errors.estimate) > gates.max_error_rate:
         return say("roll_back", f"{_errors(errors)}: more than {gates.max_error_rate:.3f} allowed")
     if (found := arm.agreement.get(gates.metric)) is None:
         return say("hold", f"no pair to score by {gates.metric}: {_nothing(arm)}")
     floor, seen, evidence = 1 - gates.margin, found.sequence, found.evidence
     ceiling = floor if gates.rollback_margin is None else 1 - gates.rollback_margin
-    figures = f"{gates.metric} {seen.estimate:.3f} in [{seen.low:.3f}, {seen.high:.3f}] over {seen.n} pairs"
+    figures = (
+        f"{gates.metric} {seen.estimate:.3f} in [{seen.low:.3f}, {seen.high:.3f}] over {seen.n} pairs of "
+        f"{evidence.conversations} conversations" + (", and it changed meanwhile" if evidence.drifted else "")
+    )
     if evidence.decision == "roll_back":
         return say("roll_back", f"{figures}: surely below {ceiling:.3f} since pair {evidence.decided_at}")
     if evidence.decision is None:
@@ -416,12 +428,19 @@ def _arm_report(
     rollout: Rollout, arm: Arm, logged: Sequence[Record], pairs: Sequence[Pair], as_of: float | None
 ) -> ArmReport:
     mine = sorted((r for r in logged if r.arm == arm.name), key=_arrival)
+    settled = None if as_of is None else as_of - arm.patience_s - rollout.teacher.timeout_s
     copies = [r for r in mine if r.shadow]
     live = [r for r in mine if not r.shadow]
     asked = [r for r in mine if r.error not in DROPS]
     reached = [r for r in copies if r.error not in DROPS]
     metrics = (FUNCTION_NAME_AND_ARGS, FUNCTION_NAME, EXACT_TEXT)
-    failed = [float(r.error is not None) for r in asked]
+    failed = sequences.close(
+        [float(r.error is not None) for r in asked],
+        [_conversation(r) for r in asked],
+        [r.timestamp for r in asked],
+        rollout.gates.idle_s,
+        settled,
+    )
     return ArmReport(
         arm=arm.name,
         copies=len(copies),
@@ -433,8 +452,8 @@ def _arm_report(
         pairs=len(pairs),
         unpaired=len(reached) - len(pairs),
         unscored=sum(p.agreement(rollout.gates.metric) is None for p in pairs),
-        agreement={m: a for m in metrics if (a := _agreement(m, pairs, rollout.gates, as_of)) is not None},
-        error_rate=sequences.confidence_sequence(failed, confidence=rollout.gates.confidence) if failed else None,
+        agreement={m: a for m in metrics if (a := _agreement(m, pairs, rollout.gates, settled)) is not None},
+        error_rate=sequences.confidence_sequence(failed, confidence=rollout.gates.confidence) if failed.n else None,
         latency=_latency(pairs),
         tokens=_tokens(pairs),
     )
@@ -501,15 +520,14 @@ def _units(rollout: Rollout, live: Sequence[Record], assigned: Mapping[str | Non
 
 
 def _sample_ratio(rollout: Rollout, units: Mapping[str, int]) -> float | None:
-    weights = {arm.name: arm.weight for arm in rollout.arms if arm.weight > 0}
-    if not weights or not units:
+    weights = {arm.name: arm.weight for arm in rollout.arms}
+    if not any(weights.values()) or not units:
         return None
-    rest = 1 - sum(weights.values())
-    if rest > 1e-9:
-        weights[TEACHER] = rest
-    return min(
-        1.0, 1 / sequences.sample_ratio_e_value([units.get(name, 0) for name in weights], list(weights.values()))
-    )
+    weights[TEACHER] = max(0.0, 1 - sum(weights.values()))
+    if weights[TEACHER] < 1e-9:
+        weights[TEACHER] = 0.0
+    counts = [units.get(name, 0) for name in weights]
+    return min(1.0, 1 / sequences.sample_ratio_e_value(counts, list(weights.values())))
 
 
 def _reached(record: Record) -> bool:
@@ -522,6 +540,12 @@ def _arrival(record: Record) -> tuple[float, str, str]:
 
 def _causes(records: Iterable[Record]) -> dict[str, int]:
     return dict(sorted(Counter(r.error for r in records if r.error).items()))
+
+
+def _conversation(record: Record) -> str:
+    # Many users open with the same words, and where the request names its user they are told apart.
+    conversation = conversation_of(record.client_id, record.workload_id, record.messages)
+    return f"{user_of(record.request) or ''}:{conversation}"
 
 
 def _malformed(completion: Completion) -> bool:

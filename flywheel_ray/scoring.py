@@ -7,7 +7,8 @@ Calls are a multiset, matched one to one whatever their order; two calls of one 
 compared as JSON, typed and all the way down:
 
 - Objects are unordered. Arrays are ordered, but a multiset where the tool's schema says `uniqueItems`.
-- 1 equals 1.0, at any size and without rounding; "1" does not equal 1, true does not equal 1, null is a value.
+- 1 equals 1.0; "1" does not equal 1, true does not equal 1, null is a value. Integers are compared exactly. A number
+  with a fraction or an exponent is the IEEE double that it was parsed to, so 0.1 equals 0.10000000000000000001.
 - Malformed arguments, or a NaN among them, are wrong, not missing, and equal nothing, not even the same text.
 - Abstention is an answer: no call where the reference has none is right, any call there is wrong.
 
@@ -20,6 +21,7 @@ The two names follow NVIDIA's NeMo Evaluator, so that figures can be read side b
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -47,7 +49,8 @@ Strictness = Literal["exact", "schema", "case_insensitive"]
   does not allow null equals leaving it out; the same for the properties of nested objects. Optional means declared in
   `properties` and not in `required`: whoever leaves out a required argument breaks the schema, whatever its default. A
   default that does not fit its own schema ("false" for a boolean) says nothing.
-- `case_insensitive`: `schema`, and strings are compared case-folded, with white space collapsed and stripped.
+- `case_insensitive`: `schema`, and strings are compared after Unicode's NFKC (so that a letter and its accent equal the
+  accented letter), case-folded, with white space collapsed and stripped; see `folded`.
 """
 
 
@@ -86,17 +89,37 @@ def score_tool_calls(
     if called == wanted or Counter(called) == Counter(wanted):
         return _BOTH
     # Arguments that are equal as they stand are equal under any schema, so schemas are only looked at here.
-    schemas = {name: parameters_of(tools, name) for name, _ in wanted}
-    if strictness == "exact" and not any(schemas.values()):
-        return _NAME_ONLY
-    for usable in (schemas, dict.fromkeys(schemas)):
+    for name in dict.fromkeys(name for name, _ in wanted):
+        parameters = parameters_of(tools, name)
+        mine, theirs = (
+            [call.arguments for call in side.tool_calls if call.name == name and not isinstance(call.arguments, str)]
+            for side in (reference, predicted)
+        )
+        forms = [canonical_bytes(form) for form in normal_calls([*mine, *theirs], parameters, strictness)]
+        if Counter(forms[: len(mine)]) != Counter(forms[len(mine) :]):
+            return _NAME_ONLY
+    return _BOTH
+
+
+def normal_calls(
+    arguments: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any] | None, strictness: Strictness
+) -> list[dict[str, Any]]:
+    """`normal_arguments` of calls of one tool, all of them in the same way, so that they can be compared.
+
+    Where the tool's schema is none that can be followed, all are read without it.
+
+    Args:
+        arguments: each of them JSON (see `is_json_object`).
+        parameters: the tool's JSON schema.
+        strictness: which arguments count as equal.
+    """
+    ways: tuple[tuple[Mapping[str, Any] | None, Strictness], ...] = ((parameters, strictness), (None, strictness))
+    for schema, policy in ways:
         try:
-            wanted = [_form(call, usable, strictness) for call in reference.tool_calls]
-            called = [_form(call, usable, strictness) for call in predicted.tool_calls]
-        except _NOT_JSON:  # of what is no JSON Schema, and then the calls are compared without
+            return [normal_arguments(each, schema, policy) for each in arguments]
+        except _NOT_JSON:
             continue
-        return _BOTH if Counter(called) == Counter(wanted) else _NAME_ONLY
-    return _NAME_ONLY
+    return [normal_arguments(each) for each in arguments]  # nested so deep that only the shortest way reaches its end
 
 
 def normal_arguments(
@@ -128,6 +151,19 @@ def normal_arguments(
     return normal
 
 
+def is_json_object(arguments: Any) -> bool:
+    """Whether a call's arguments are a JSON object: no text that could not be parsed, and no NaN or infinity inside."""
+    try:
+        return isinstance(arguments, dict) and bool(canonical_bytes(normal_arguments(arguments)))
+    except _NOT_JSON:
+        return False
+
+
+def folded(text: str) -> str:
+    """A text for comparing without case: after Unicode's NFKC, case-folded, white space collapsed and stripped."""
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+
+
 def parameters_of(tools: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
     """The JSON schema of a tool's arguments; None where there is no such tool or schema. The last of a name counts."""
     for tool in reversed(tools):
@@ -144,10 +180,8 @@ def _scores(name: float, args: float) -> tuple[Score, Score]:
 
 _NEITHER, _NAME_ONLY, _BOTH = _scores(0.0, 0.0), _scores(1.0, 0.0), _scores(1.0, 1.0)
 
-_Schemas = Mapping[str, Mapping[str, Any] | None]
 _Form = tuple[str, bytes]
 """A call's name and its normal arguments: equal for equal calls."""
-
 
 _NOT_JSON = (ValueError, TypeError, RecursionError)
 
@@ -167,11 +201,10 @@ def _called(calls: Iterable[ToolCall]) -> list[_Form] | None:
         return None
 
 
-def _form(call: ToolCall, schemas: _Schemas | None = None, strictness: Strictness = "exact") -> _Form:
+def _form(call: ToolCall) -> _Form:
     if isinstance(call.arguments, str):
         raise ValueError(f"{call.arguments[:80]!r}")
-    parameters = schemas.get(call.name) if schemas else None
-    return call.name, canonical_bytes(normal_arguments(call.arguments, parameters, strictness))
+    return call.name, canonical_bytes(normal_arguments(call.arguments))
 
 
 def _plain(value: Any) -> Any:
@@ -198,6 +231,7 @@ def _number(value: float) -> float | int:
 
 _NO_VALUE = object()
 _BRANCHES = ("anyOf", "oneOf")
+_MOST_DEFAULTS = 8
 _COMPOUND = frozenset(("$ref", "allOf", *_BRANCHES))
 
 
@@ -212,12 +246,13 @@ class _Reader:
         self.lenient = strictness != "exact"
         self.fold = strictness == "case_insensitive"
         self.defaults: dict[tuple[int, ...], bytes] = {}
-        self.in_default = False
+        self.depth = 0
+        """How many defaults are being read, one inside of another."""
 
     def read(self, value: Any, schemas: Sequence[Any]) -> Any:
         kind = type(value)
         if kind is str:
-            return " ".join(value.split()).casefold() if self.fold else value
+            return folded(value) if self.fold else value
         if kind is float:
             return _number(value)
         if isinstance(value, dict):
@@ -259,16 +294,17 @@ class _Reader:
     def _default(self, facet: Mapping[str, Any], schemas: Sequence[Any]) -> bytes:
         """The normal form of a declared default, which may leave out defaults of its own.
 
-        A default inside of one that is being read counts as it is written: in a recursive schema it may contain itself.
+        In a recursive schema a default may contain itself, so one that lies too deep in others counts as written. What
+        is found is kept by depth, as it may depend on it, and on nothing else: each is read once at each depth.
         """
         default = facet["default"]
-        if self.in_default:
+        if self.depth == _MOST_DEFAULTS:
             return canonical_bytes(self.read(default, ()))
-        key = (id(facet), *map(id, schemas))
+        key = (self.depth, id(facet), *map(id, schemas))
         if key not in self.defaults:
-            self.in_default = True
+            self.depth += 1
             self.defaults[key] = canonical_bytes(self.read(default, schemas))
-            self.in_default = False
+            self.depth -= 1
         return self.defaults[key]
 
     def facets(self, schemas: Sequence[Any], value: Any = _NO_VALUE) -> Sequence[Mapping[str, Any]]:

@@ -39,6 +39,31 @@ class Interval(Value):
         return self.model_copy(update=moved)
 
 
+class ScoreMean(Value):
+    """A mean in [0, 1], and how sure it is: `effective` independent 0/1 values would tell as much."""
+
+    estimate: float
+    n: int
+    effective: float
+    df: float | None = None
+    """Degrees of freedom of Student's t; None takes the normal distribution."""
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """Wilson's interval at the effective size."""
+        if self.df is None:
+            return _wilson(self.estimate, self.effective, self.n, _z(confidence), confidence)
+        quantile = float(special.stdtrit(self.df, 0.5 + confidence / 2))
+        return _wilson(self.estimate, self.effective, self.n, quantile, confidence)
+
+    def p_value(self, bar: float) -> float:
+        """One-sided p-value of "the true mean is at most `bar`", of the test that the interval inverts."""
+        above = self.estimate - bar
+        if not 0 < bar < 1:
+            return float(above <= 0)
+        statistic = above / math.sqrt(bar * (1 - bar) / self.effective)
+        return float(special.ndtr(-statistic) if self.df is None else special.stdtr(self.df, -statistic))
+
+
 class NonInferiority(Value):
     """The difference from the teacher, and the one-sided p-value of "worse by the margin or more"."""
 
@@ -79,42 +104,41 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interva
     return Interval(estimate=successes / n, low=low, high=high, n=n, confidence=confidence)
 
 
-def mean_interval(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
-) -> Interval:
-    """Interval of the mean of scores in [0, 1].
+def score_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> ScoreMean:
+    """The mean of scores in [0, 1].
 
-    0/1 scores get Wilson's interval; where they come in clusters, with n over the design effect in place of n and
-    Student's t with G−1 degrees of freedom in place of the normal quantile (Franco et al. 2019, J. Survey Statistics
-    and Methodology 7:334, who find this form covers best near 0 and 1; the design effect is Kish 1965). Other scores
-    get a t interval with the cluster-robust standard error (CR1: Liang and Zeger 1986, Biometrika 73:13, with the
-    factor G/(G−1); Cameron and Miller 2015, J. Human Resources 50:317), clipped to [0, 1]. Where no variance is to be
-    seen it is Wilson's on the number of clusters: certainty from a small sample would be false.
+    The effective number is n over the design effect (Kish 1965, Survey Sampling), and more where scores are spread less
+    than 0/1 ones of the same mean (for the variance half a score of 0 and half a 1 are added, after Agresti and Min
+    2005, Statistics in Medicine 24:729). Wilson's interval at an effective size is one of the forms that Franco et al.
+    2019, J. Survey Statistics and Methodology 7:334, recommend. They find that all of them cover too little where a
+    design effect is estimated from few clusters, which is what `PSEUDO_CLUSTERS` is for. Degrees of freedom count
+    clusters by their shares, (Σ size)² / Σ size², less one.
 
     Args:
         values: n scores.
         clusters: n labels; values of one label (turns of a conversation) are not independent. None: all independent.
 
     Raises:
-        ValueError: no values, or labels that are not as many.
+        ValueError: no values, values outside [0, 1], or labels that are not as many.
     """
     x = np.asarray(values, dtype=float)
     if x.size == 0:
         raise ValueError("the mean of no values has no interval")
-    groups = _groups(clusters, x.size)
-    count = int(groups.max()) + 1
-    mean = float(x.mean())
-    if _are_binary(x):
-        effective, quantile = _effective(x, groups, count, confidence)
-        return _wilson(mean, effective, x.size, quantile, confidence)
-    error = _clustered_error(x - mean, groups, count)
-    if error < 1e-12:
-        flat = _wilson(mean, count, x.size, _z(confidence), confidence)
-        return flat.model_copy(update={"low": min(flat.low, mean), "high": max(flat.high, mean)})
-    half = _t(count, confidence) * error
-    return Interval(
-        estimate=mean, low=max(0.0, mean - half), high=min(1.0, mean + half), n=x.size, confidence=confidence
-    )
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        raise ValueError("scores lie in [0, 1]")
+    effective, df = _effective(x, _groups(clusters, x.size))
+    if not _are_binary(x):
+        p = (float(x.sum()) + 0.5) / (x.size + 1)
+        variance = (float(np.sum((x - p) ** 2)) + 0.5 * (p**2 + (1 - p) ** 2)) / (x.size + 1)
+        effective *= p * (1 - p) / variance
+    return ScoreMean(estimate=float(x.mean()), n=x.size, effective=effective, df=df)
+
+
+def mean_interval(
+    values: Sequence[float], clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
+) -> Interval:
+    """Interval of the mean of scores in [0, 1]; see `score_mean`. For independent 0/1 scores it is `wilson`."""
+    return score_mean(values, clusters).interval(confidence)
 
 
 # ── two models on the same examples ───────────────────────────────────────────────────────────────────────────────────
@@ -128,9 +152,11 @@ def paired_difference(
 ) -> Interval:
     """Mean of a − b over pairs scored on the same example.
 
-    0/1 scores get Tango's score interval (`tango`), with discordant counts and n over the design effect where pairs
-    come in clusters, and Student's t with G−1 degrees of freedom. Other scores get the cluster-robust t interval of
-    `mean_interval`.
+    Where all b are the same (a teacher that is the reference) it is the interval of a, shifted (`score_mean`). Pairs of
+    0/1 scores get Tango's score interval (`tango`), with discordant counts and n over the design effect where they come
+    in clusters, and Student's t. Others get a t interval with the cluster-robust standard error (CR1: Liang and Zeger
+    1986, Biometrika 73:13, with the factor G/(G−1); Cameron and Miller 2015, J. Human Resources 50:317), and where no
+    variance is to be seen Wilson's bound on a change: certainty from a small sample would be false.
 
     Args:
         a, b: n scores in [0, 1] each.
@@ -139,23 +165,7 @@ def paired_difference(
     Raises:
         ValueError: the two differ in length, or are empty.
     """
-    x, y, groups, count = _paired(a, b, clusters)
-    d = x - y
-    mean = float(d.mean())
-    if _are_binary(x) and _are_binary(y):
-        effective, quantile = _effective(d, groups, count, confidence)
-        scale = effective / d.size
-        low, high = _tango_bounds((d > 0).sum() * scale, (d < 0).sum() * scale, effective, quantile)
-        return Interval(estimate=mean, low=low, high=high, n=d.size, confidence=confidence)
-    error = _clustered_error(d - mean, groups, count)
-    if error < 1e-12:
-        # No variance seen: bound a change as a proportion of clusters (Wilson), instead of claiming none can happen.
-        half = _wilson(0.0, count, count, _z(confidence), confidence).high
-    else:
-        half = _t(count, confidence) * error
-    return Interval(
-        estimate=mean, low=max(-1.0, mean - half), high=min(1.0, mean + half), n=d.size, confidence=confidence
-    )
+    return non_inferiority(a, b, 0.0, clusters, confidence).difference
 
 
 def non_inferiority(
@@ -167,30 +177,40 @@ def non_inferiority(
 ) -> NonInferiority:
     """How a compares with b, and the one-sided p-value of the hypothesis mean(a − b) ≤ −margin.
 
-    A p-value of at most (1 − confidence)/2 and a lower bound of at least −margin say the same. Source: the score test
-    of Tango 1998 for paired 0/1 outcomes (Liu et al. 2002, Statistics in Medicine 21:231, on its use for
-    non-inferiority); the t test on differences otherwise.
+    A p-value of at most (1 − confidence)/2 and a lower bound of at least −margin say the same: it is the test that the
+    interval of `paired_difference` inverts. Liu et al. 2002, Statistics in Medicine 21:231, on Tango's score test for
+    non-inferiority.
 
     Raises:
         ValueError: the two differ in length, or are empty.
     """
-    x, y, groups, count = _paired(a, b, clusters)
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"{len(a)} and {len(b)} scores do not make pairs")
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     d = x - y
-    mean = float(d.mean())
-    interval = paired_difference(a, b, clusters, confidence)
-    if _are_binary(x) and _are_binary(y):
-        effective, _ = _effective(d, groups, count, confidence)
-        scale = effective / d.size
-        statistic = _tango_statistic((d > 0).sum() * scale, (d < 0).sum() * scale, effective, -margin)
-        # Without clusters the reference is normal, as in Tango's paper.
-        p = special.ndtr(-statistic) if count == d.size else special.stdtr(max(count - 1, 1), -statistic)
+    mean, groups = float(d.mean()), _groups(clusters, d.size)
+    if bool((y == y[0]).all()):
+        found = score_mean(a, clusters)
+        interval, p = found.interval(confidence).shifted(-float(y[0])), found.p_value(float(y[0]) - margin)
+        return NonInferiority(difference=interval, margin=margin, p_value=p)
+    effective, df = _effective(d, groups)
+    binary = _are_binary(x) and _are_binary(y)
+    if df is None and not binary:
+        df = max(d.size - 1, 1)
+    quantile = _z(confidence) if df is None else float(special.stdtrit(df, 0.5 + confidence / 2))
+    if binary:
+        only_a, only_b = (d > 0).sum() * effective / d.size, (d < 0).sum() * effective / d.size
+        low, high = _tango_bounds(only_a, only_b, effective, quantile)
+        statistic = _tango_statistic(only_a, only_b, effective, -margin)
     else:
-        error = _clustered_error(d - mean, groups, count)
-        if error < 1e-12:
-            p = 1.0 if interval.low < -margin else (1 - confidence) / 2
-        else:
-            p = special.stdtr(count - 1, -(mean + margin) / error)
-    return NonInferiority(difference=interval, margin=margin, p_value=float(p))
+        error = _clustered_error(d - mean, groups)
+        count = int(groups.max()) + 1
+        half = quantile * error if error > 1e-12 else _wilson(0.0, count, count, _z(confidence), confidence).high
+        low, high = max(-1.0, mean - half), min(1.0, mean + half)
+        statistic = (mean + margin) * quantile / half
+    p = float(special.ndtr(-statistic) if df is None else special.stdtr(df, -statistic))
+    interval = Interval(estimate=mean, low=low, high=high, n=d.size, confidence=confidence)
+    return NonInferiority(difference=interval, margin=margin, p_value=p)
 
 
 def tango(only_a: float, only_b: float, n: float, confidence: float = 0.95) -> Interval:
@@ -262,8 +282,8 @@ def pairs_needed(
         power: probability of a decision at that size.
         design_effect: by how much clustered pairs are worth less than independent ones (Kish 1965).
 
-    Source: Connor 1987, Biometrics 43:207, for margin 0; Nam 1997, Biometrics 53:1422, for a margin: the variance
-    under the hypothesis is taken at a difference of −margin.
+    Source: Nam 1997, Biometrics 53:1422: the variance under the hypothesis is that of Tango's test at the expected
+    counts; for margin 0 that is Connor 1987, Biometrics 43:207.
 
     Raises:
         ValueError: discordance is not in [|difference|, 1], or alpha, power or design_effect is no such number.
@@ -275,20 +295,17 @@ def pairs_needed(
     gap = abs(difference + margin)
     if gap < 1e-12:
         return None
-    under_null = max(discordance, margin) - margin**2
+    better, worse = (discordance + difference) / 2, (discordance - difference) / 2
+    under_null = 2 * _only_b(better, worse, 1.0, -margin) - margin * (1 + margin)
     under_truth = discordance - difference**2
     root = _quantile(1 - alpha) * math.sqrt(max(under_null, 0)) + _quantile(power) * math.sqrt(max(under_truth, 0))
     return max(1, math.ceil(design_effect * (root / gap) ** 2))
 
 
 def design_effect(values: Sequence[float], clusters: Sequence[Hashable] | None) -> float:
-    """How many clustered values tell as much as one independent value; at least 1. Source: Kish 1965, Survey Sampling.
-
-    The ratio of the cluster-robust variance of the mean to the variance of as many independent values.
-    """
+    """How many clustered values tell as much as one independent one; at least 1. Source: Kish 1965, Survey Sampling."""
     x = np.asarray(values, dtype=float)
-    groups = _groups(clusters, x.size)
-    return x.size / _effective(x, groups, int(groups.max()) + 1, 0.95)[0]
+    return x.size / _effective(x, _groups(clusters, x.size))[0]
 
 
 def sample_ratio_p_value(counts: Sequence[int], weights: Sequence[float]) -> float:
@@ -321,10 +338,6 @@ def _z(confidence: float) -> float:
     return _quantile(0.5 + confidence / 2)
 
 
-def _t(clusters: int, confidence: float) -> float:
-    return float(special.stdtrit(max(clusters - 1, 1), 0.5 + confidence / 2))
-
-
 def _wilson(p: float, n: float, shown: int, z: float, confidence: float) -> Interval:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -333,13 +346,16 @@ def _wilson(p: float, n: float, shown: int, z: float, confidence: float) -> Inte
     return Interval(estimate=p, low=low, high=high, n=shown, confidence=confidence)
 
 
-def _tango_statistic(only_a: float, only_b: float, n: float, difference: float) -> float:
-    """Standard normal under p_a − p_b = difference; falls as `difference` grows."""
+def _only_b(only_a: float, only_b: float, n: float, difference: float) -> float:
+    """The probability that only B is right, by maximum likelihood where p_a − p_b is `difference` (Tango 1998)."""
     linear = -only_a - only_b + (2 * n - only_a + only_b) * difference
     constant = -only_b * difference * (1 - difference)
-    # The constrained maximum-likelihood estimate of the probability that only B is right.
-    q = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
-    variance = n * (2 * q + difference * (1 - difference))
+    return (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
+
+
+def _tango_statistic(only_a: float, only_b: float, n: float, difference: float) -> float:
+    """Standard normal under p_a − p_b = difference; falls as `difference` grows."""
+    variance = n * (2 * _only_b(only_a, only_b, n, difference) + difference * (1 - difference))
     above = only_a - only_b - n * difference
     if variance <= 1e-15:
         return 0.0 if abs(above) < 1e-12 else math.copysign(math.inf, above)
@@ -360,15 +376,6 @@ def _tango_bounds(only_a: float, only_b: float, n: float, z: float) -> tuple[flo
     return bound(-1.0, z), bound(1.0, -z)
 
 
-def _paired(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"{len(a)} and {len(b)} scores do not make pairs")
-    groups = _groups(clusters, len(a))
-    return np.asarray(a, dtype=float), np.asarray(b, dtype=float), groups, int(groups.max()) + 1
-
-
 def _are_binary(x: np.ndarray) -> bool:
     return bool(((x == 0) | (x == 1)).all())
 
@@ -383,28 +390,31 @@ def _groups(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
     return np.asarray([index.setdefault(label, len(index)) for label in clusters])
 
 
-def _effective(x: np.ndarray, groups: np.ndarray, count: int, confidence: float) -> tuple[float, float]:
-    """The number of independent values that tell as much, and the quantile that goes with it."""
-    n = x.size
+def _effective(x: np.ndarray, groups: np.ndarray) -> tuple[float, float | None]:
+    """The number of independent values that tell as much, and the degrees of freedom that go with it."""
+    n, count = x.size, int(groups.max()) + 1
     if count == n:
-        return float(n), _z(confidence)
+        return float(n), None
+    sizes = np.bincount(groups, minlength=count)
+    df = max(n**2 / float(np.sum(sizes.astype(float) ** 2)) - 1, 1.0)
     least, most = float(x.min()), float(x.max())
     if least == most:
         # Nothing shows how alike one cluster's values are, so each cluster counts once.
-        return float(count), _t(count, confidence)
+        return float(count), df
     extra = PSEUDO_CLUSTERS * n / count
     total = n + 2 * extra
     mean = (float(x.sum()) + extra * (least + most)) / total
-    spread = [(least - mean) ** 2, (most - mean) ** 2]
+    spread = (least - mean) ** 2 + (most - mean) ** 2
     sums = np.bincount(groups, weights=x - mean, minlength=count)
-    independent = float(np.sum((x - mean) ** 2)) + extra * sum(spread)
-    clustered = float(np.sum(sums**2)) + PSEUDO_CLUSTERS * (n / count) ** 2 * sum(spread)
+    independent = float(np.sum((x - mean) ** 2)) + extra * spread
+    clustered = float(np.sum(sums**2)) + PSEUDO_CLUSTERS * (n / count) ** 2 * spread
     clusters = count + 2 * PSEUDO_CLUSTERS
-    return n / max(clusters / (clusters - 1) * clustered / independent, 1.0), _t(count, confidence)
+    return n / max(clusters / (clusters - 1) * clustered / independent, 1.0), df
 
 
-def _clustered_error(residuals: np.ndarray, groups: np.ndarray, count: int) -> float:
+def _clustered_error(residuals: np.ndarray, groups: np.ndarray) -> float:
     """CR1 standard error of a mean from its residuals; 0.0 where fewer than two clusters leave it unknown."""
+    count = int(groups.max()) + 1
     if count < 2:
         return 0.0
     sums = np.bincount(groups, weights=residuals, minlength=count)

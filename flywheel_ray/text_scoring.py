@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from flywheel_ray.errors import ConfigError
-from flywheel_ray.scoring import Score
+from flywheel_ray.scoring import Score, folded
 
 EXACT_TEXT = "exact_text"
 TOKEN_F1 = "token_f1"
@@ -72,11 +71,7 @@ def _values(metric: TextMetric, pairs: Sequence[tuple[str, str]], embed: Embed |
 
 def exact_text(reference: str, predicted: str) -> float:
     """1 where the texts are the same after Unicode's NFKC, case folding, and white space collapsed and stripped."""
-    return float(_normal(reference) == _normal(predicted))
-
-
-def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    return float(folded(reference) == folded(predicted))
 
 
 def token_f1(reference: str, predicted: str) -> float:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Self
+import re
+from typing import Annotated, Any, Self
 
 import msgspec
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
 
 
 class Value(BaseModel):
@@ -58,6 +60,25 @@ def content_hash(data: Any, length: int = 16) -> str:
     """First `length` hexadecimal digits of SHA-256 over `canonical_json(data)`."""
     # Lone surrogates are legal in JSON escapes and illegal in UTF-8; they still need a hash.
     return hashlib.sha256(canonical_json(data).encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+SECRET_GIVEN = "secret_given"
+"""Type of the error that a URL with credentials is: it is shown without what was given."""
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a URL holds a user name or password, which would stand in every error and log that names it."""
+    return re.match(r"[^/]*//[^/?#]*@", url) is not None
+
+
+def _without_credentials(url: str) -> str:
+    if has_credentials(url):
+        raise PydanticCustomError(SECRET_GIVEN, "holds a user name or password; leave them out and use api_key_env")
+    return url
+
+
+EndpointUrl = Annotated[str, AfterValidator(_without_credentials)]
+"""A URL without credentials, since it is written to logs and to the ledger."""
 
 
 # The slots of a pydantic model, set without looking each up by name.

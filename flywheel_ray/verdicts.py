@@ -5,7 +5,8 @@
     LlmJudge(settings, ask).judge(examples, completions).usage       # JudgeUsage(asked=0, cached=400, …)
 
 What is kept is the judge's reply, under a hash of the whole request: model, rubric, material, order, form, generation
-settings. It is kept where it can be read or is a refusal; what failed on the way, or cannot be read, is asked again.
+settings. It is kept where it can be read or is a refusal; what failed on the way, or cannot be read, is asked again,
+and so is a kept reply that can no longer be read. Where replies can suddenly no longer be kept, judging goes on.
 The URL is no part of it, so a model behind a new address keeps its verdicts: give another model another name.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -31,8 +33,6 @@ from flywheel_ray.values import content_hash
 APPLICATION_ID = 0x66777664  # "fwvd": tells our files from other programs' databases
 BUSY_TIMEOUT_S = 60.0
 SAVE_EVERY_S = 1.0
-FEW = 0.05
-"""Up to this share of a call's questions may be asked and all fail, and be unscored; of more it is an error."""
 
 _TABLE = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL, digest TEXT NOT NULL)"
 _CHUNK = 500
@@ -86,9 +86,11 @@ class VerdictCache:
             db.execute("COMMIT")
 
     def check(self) -> None:
-        """Find out now whether the file can be used. Raises JudgeError where it cannot."""
-        with self._open():
-            pass
+        """Find out now whether the file can be read and written, without a trace. Raises JudgeError where it cannot."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT OR REPLACE INTO replies VALUES ('', '', '')")  # a lock alone needs no journal beside it
+            db.execute("ROLLBACK")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -167,24 +169,28 @@ class JudgeEndpoint:
             "backoff_s": backoff_s,
         }
         self._form: Form | None = None if settings.structured == "auto" else settings.structured
+        self._keeps = cache is not None
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         """One reply for each question, in order.
 
         Raises:
-            JudgeError: the endpoint refuses the key, URL or model, or every question; or the cache cannot be used.
-            ChatUnavailable: the endpoint cannot be reached, or answers no question in time.
+            JudgeError: the endpoint refuses the key, URL or model, or every question, and none was answered earlier; or
+                the cache cannot be read.
+            ChatUnavailable: the endpoint cannot be reached, or answers no question in time, and more than one in twenty
+                of the call wait for it: the same call may succeed later, so it must not end as rows without a score.
         """
         forms: tuple[Form, ...] = (self._form,) if self._form else ("json_schema", "text")
         keys = {form: [self._key(question, form) for question in questions] for form in forms}
         names = keys[forms[0]]  # what tells the questions of this call apart
         kept = self.cache.get(key for form in forms for key in keys[form]) if self.cache is not None else {}
         replies: dict[str, Reply] = {}
-        for i, name in enumerate(names):
-            if reply := next((kept[keys[form][i]] for form in forms if keys[form][i] in kept), None):
+        for i, (name, question) in enumerate(zip(names, questions, strict=True)):
+            found = (kept[keys[form][i]] for form in forms if keys[form][i] in kept)
+            if reply := next((reply for reply in found if _worth_keeping(question, reply)), None):
                 replies[name] = reply
         waiting = {name: q for name, q in zip(names, questions, strict=True) if name not in replies}
-        asked = self._ask(list(waiting.values()), few=int(FEW * len(set(names))))
+        asked = self._ask(list(waiting.values()), len(replies))
         replies |= zip(waiting, asked, strict=True)
         answers = []
         for name in names:
@@ -192,8 +198,13 @@ class JudgeEndpoint:
             replies[name] = replies[name].model_copy(update={"cached": True})  # a second such question asked nothing
         return answers
 
-    def _ask(self, questions: Sequence[Question], few: int) -> list[Reply]:
-        """Replies to questions that differ. Where more than a few are asked and none is answered, that is an error."""
+    def _ask(self, questions: Sequence[Question], known: int) -> list[Reply]:
+        """Replies to questions that differ; `known` others of the call were answered earlier.
+
+        It is an error where none is answered. Not so where others are known and these are refused, or time out and are
+        few: what a judge always fails must not fail the run in which the others are kept, after it has passed in the
+        run in which they were asked.
+        """
         rounds: list[_Round] = []
         while len(rounds) < min(len(questions), _MOST_TRIES) and self._form is None:
             rounds.append(self._try(questions[len(rounds)]))
@@ -205,9 +216,11 @@ class JudgeEndpoint:
             rounds.append(self._put(same, self._form or "text"))
             later |= zip(same, rounds[-1].replies, strict=True)
         replies += [later[question] for question in rest]
-        if len(replies) > few and all(reply.failure is not None for reply in replies):
-            # A few may fail: one question that always times out must not fail every trial that finds the others kept.
-            raise next((done.error for done in rounds if done.error), None) or JudgeError(
+        error = next((done.error for done in rounds if done.error), None)
+        few = max(1, (known + len(questions)) // 20)
+        away = isinstance(error, ChatUnavailable) and len(questions) > few
+        if replies and all(reply.failure is not None for reply in replies) and (away or not known):
+            raise error or JudgeError(
                 f"the judge {self.settings.model} at {self.url} refuses every question: {replies[0].failure}; if it is "
                 "a setting that it refuses, change that or set it to null"
             )
@@ -234,8 +247,7 @@ class JudgeEndpoint:
 
         def save() -> None:
             nonlocal saved_at
-            if self.cache is not None and unsaved:
-                self.cache.put(unsaved)
+            self._keep(unsaved)
             unsaved.clear()
             saved_at = time.monotonic()
 
@@ -243,7 +255,7 @@ class JudgeEndpoint:
             nonlocal refused
             refused |= isinstance(answer, BadRequest) and answer.status in (400, 422)
             replies[i] = reply = Reply(failure=answer.reason) if isinstance(answer, Unanswered) else Reply.of(answer)
-            if self.cache is not None and _worth_keeping(questions[i], reply):
+            if self._keeps and _worth_keeping(questions[i], reply):
                 unsaved[self._key(questions[i], form)] = reply
             if time.monotonic() - saved_at >= SAVE_EVERY_S:
                 save()
@@ -261,6 +273,16 @@ class JudgeEndpoint:
             if len(replies) < len(questions):  # not each question failed for itself: the endpoint is of no use
                 raise trouble from None
         return _Round([replies[i] for i in range(len(questions))], refused, trouble)
+
+    def _keep(self, replies: Mapping[str, Reply]) -> None:
+        """Put replies into the cache; once that fails, say so and keep no more, for those in hand are paid for."""
+        if self.cache is None or not self._keeps or not replies:
+            return
+        try:
+            self.cache.put(replies)
+        except JudgeError as error:
+            self._keeps = False
+            warnings.warn(f"from now on the judge's replies are not kept: {error}", RuntimeWarning, stacklevel=2)
 
     def _body(self, question: Question, form: Form) -> Mapping[str, Any]:
         """The request but for model and messages."""

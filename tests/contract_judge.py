@@ -169,7 +169,8 @@ class JudgeServer:
             allowed = wanted["json_schema"]["schema"]["properties"]["rating"]["enum"]
             assert rating in allowed, (rating, allowed)
         else:
-            text = f"RATING: {rating}"
+            line = re.search(r"RATING [a-p]{8}:", body["messages"][-1]["content"])  # as it was asked, if it was
+            text = f"{line.group() if line else 'RATING:'} {rating}"
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 100, "completion_tokens": 10} if self.usage else None
         return JSONResponse({"choices": [choice], "usage": usage})
@@ -177,7 +178,7 @@ class JudgeServer:
 
 def parts_of(material: str) -> dict[str, str]:
     """The parts between marker lines, by title."""
-    found = re.findall(r"=== ([a-zA-Z ]+) ([0-9a-f]{8}) ===\n(.*?)\n=== end of \1 \2 ===", material, re.S)
+    found = re.findall(r"=== ([a-zA-Z ]+) ([a-p]{8}) ===\n(.*?)\n=== end of \1 \2 ===", material, re.S)
     return {title: text for title, _, text in found}
 
 

@@ -103,6 +103,26 @@ def test_what_the_policy_forgives_is_no_fault() -> None:
     assert breakdown([pair], "schema").tools[0].right_args == 1
 
 
+def test_a_schema_or_a_name_that_is_none_is_passed_over() -> None:
+    broken = tool({"q": {"anyOf": [{"type": {}}]}})
+    nameless = [{"function": {"name": ["f"]}}, {"function": {"name": {}}}, {"function": None}]
+    pair = answer(("f", {"q": ["a"]})), [*nameless, broken], answer(("f", {"q": ["A"]}))
+    assert [breakdown([pair], strictness).tools[0].right_args for strictness in ("schema", "case_insensitive")] == [
+        0,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 10**5000], ids=["nan", "long"])
+def test_what_is_no_json_is_no_argument(bad: Any) -> None:
+    """It is left out of the arguments, and the calls beside it are read by the schema still."""
+    good, less = ("f", {"queue": "a"}), ("f", {"queue": "b", "limit": 10})
+    found = breakdown(
+        [(answer(good, ("f", {"queue": "b"})), [DEFAULTS], answer(("f", {"queue": bad}), less))], "schema"
+    )
+    assert (found.tools[0].right_name, found.tools[0].right_args) == (2, 1)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(ARGUMENTS, max_size=3), st.lists(ARGUMENTS, max_size=3))
 def test_the_counts_are_those_of_the_scorer(wanted: list[Any], called: list[Any]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa as reference_kappa
 
-from experiments.benchmarks.judge_calibration import JUDGES, as_trial, simulate
+from experiments.benchmarks.judge_calibration import JUDGES, as_trial, published, simulate
 from flywheel_ray.calibration import (
     MIN_LABELS,
     Calibration,
@@ -32,7 +32,7 @@ from flywheel_ray.judge import Order, Verdict
 from flywheel_ray.ledger import Ledger
 from flywheel_ray.results import Scored
 from flywheel_ray.scoring import TOOL_CALLING_CORRECTNESS
-from flywheel_ray.stats import Interval, mean_interval
+from flywheel_ray.stats import Interval, ScoreMean, mean_interval, score_mean
 from tests.values import dataset, scored
 
 FAULT = {judge.name.split(":")[0].split(" (")[0]: judge for judge in JUDGES}
@@ -46,13 +46,18 @@ def test_large_samples_give_the_reference_implementations_interval() -> None:
     i = np.arange(10_000)
     label = ((i * 7919) % 1000) / 999
     verdict = np.clip(0.2 + 0.6 * label + (((i * 104_729) % 1000) / 999 - 0.5) * 0.4, 0, 1)
-    found = prediction_powered_mean(verdict, np.where(i < 2000, label, np.nan))
+    known = np.where(i < 2000, label, np.nan)
+    found, plain = prediction_powered_mean(verdict, known).interval(), published(verdict, known)
     assert (found.estimate, found.low, found.high) == pytest.approx((0.5, 0.49133421, 0.50866579), abs=5e-5)
+    assert (plain.estimate, plain.low, plain.high) == pytest.approx((0.5, 0.49133421, 0.50866579), abs=1e-8)
     label = (label < 0.7).astype(float)
     verdict = np.where((i * 31) % 17 < 14, label, 1 - label)
-    found = prediction_powered_mean(verdict, np.where(i < 2000, label, np.nan))
+    known = np.where(i < 2000, label, np.nan)
+    found, plain = prediction_powered_mean(verdict, known).interval(), published(verdict, known)
     assert found.estimate == pytest.approx(0.69941844, abs=1e-5)
     assert (found.low, found.high) == pytest.approx((0.68262495, 0.71621193), abs=4e-4)
+    # Its λ comes from the sample covariance, n − 1, and ours from n.
+    assert (plain.low, plain.high) == pytest.approx((0.68262495, 0.71621193), abs=1e-6)
 
 
 @pytest.mark.parametrize(("name", "turns"), [("length bias", 4), ("unreadable where wrong", 1)])
@@ -76,18 +81,95 @@ def test_the_sampling_correction_holds_for_few_failures() -> None:
     assert found.raw[0] < 0.3
     assert 0.915 <= found.calibrated[0] <= 0.985  # the published normal interval: 87%
     assert found.calibrated[1] < found.gold[1]
+    assert found.published[0] < 0.9
+
+
+@pytest.mark.parametrize(("turns", "rest"), [(1, 1), (1, 10), (4, 3)])
+def test_few_unlabelled_rows_are_no_certainty(turns: int, rest: int) -> None:
+    for found in simulate(FAULT["nearly fair"], turns, [50, 200], quality=0.8, repetitions=200, seed=3, rest=rest):
+        assert found.calibrated[0] >= 0.91
+        assert found.calibrated[1] < 1.2 * found.gold[1]
+
+
+def test_a_single_unlabelled_row_moves_nothing() -> None:
+    label = np.asarray([1.0, 1.0, 1.0, 0.0] * 50)
+    known = np.append(label, np.nan)
+    for verdict in (0.0, 1.0):
+        found, alone = prediction_powered_mean(np.append(label, verdict), known), score_mean(label.tolist())
+        assert abs(found.estimate - alone.estimate) < 0.005
+        one, other = found.interval(), alone.interval()
+        assert one.high - one.low == pytest.approx(other.high - other.low, rel=0.1)
+
+
+def test_a_bar_is_tested_by_the_test_that_the_interval_inverts() -> None:
+    rng = np.random.default_rng(9)
+    label = (rng.random(400) < 0.9).astype(float)
+    found = prediction_powered_mean(np.where(rng.random(400) < 0.95, label, 1 - label), [*label[:80], *[None] * 320])
+    for confidence in (0.8, 0.95, 0.99):
+        low = found.interval(confidence).low
+        assert found.p_value(low) == pytest.approx((1 - confidence) / 2)
+    assert found.df == 79 and found.n == 80 < found.effective
+
+
+def test_a_truth_at_the_bar_seldom_looks_above_it() -> None:
+    rng = np.random.default_rng(10)
+    claims = 0
+    for _ in range(400):
+        label = (rng.random(1000) < 0.98).astype(float)
+        known = np.where(rng.permutation(1000) < 300, label, np.nan)
+        claims += (
+            prediction_powered_mean(np.where(rng.random(1000) < 0.05, 1 - label, label), known).p_value(0.98) <= 0.025
+        )
+    assert claims <= 18  # 2.5% would be 10; a symmetric normal around the estimate: 12%
+
+
+def test_leverage_is_corrected_as_hc2_does() -> None:
+    # One conversation holds half of the labels: taken as it is, its residual is too small by as much as it pulls.
+    label = np.asarray([1.0, 0.0] * 10 + [1.0] * 10 + [0.0] * 10)
+    verdict = np.asarray([0.9, 0.2, 0.8, 0.3, 1.0] * 8)
+    conversations = [*range(20), *[20] * 20, *range(21, 61)]
+    f, n, groups = np.concatenate([verdict, np.asarray([0.9, 0.1] * 20)]), 40, np.asarray(conversations)
+    found = prediction_powered_mean(f, np.concatenate([label, np.full(40, np.nan)]), conversations)
+    a, b = np.zeros(80), np.zeros(80)
+    a[:40], b[:40] = (label - label.mean()) / n, (verdict - verdict.mean()) / n
+    b[40:] = -(f[40:] - f.mean()) / 40
+    weight = float(a @ b) / (f.var() * (1 / 40 + 1 / 40))
+    assert 0 < weight < 1
+    each = [(groups == g) for g in range(61)]
+    pull = np.asarray([b[g].sum() for g in each])
+    share = pull**2 / (pull @ pull) + np.asarray([g[:40].sum() / n for g in each])
+    squares = np.asarray([(a - weight * b)[g].sum() ** 2 for g in each]) / (1 - share)
+    # Half a conversation in each of four cells, as 0/1 labels have it; 40 labels are of 21 conversations.
+    rectifier = label.mean() - weight * verdict.mean()
+    cells = np.mean([(y - weight * v - rectifier) ** 2 for y in (0, 1) for v in (0, 1)])
+    added = 2 * 40 / 21
+    variance = (squares.sum() * n**2 + added * 40 / 21 * cells) / (n + added) ** 2
+    assert found.estimate == pytest.approx(label.mean() + weight * (f[40:].mean() - verdict.mean()))
+    shrunk = (n * found.estimate + added / 2) / (n + added)
+    assert found.effective == pytest.approx(shrunk * (1 - shrunk) / variance)
+
+
+def test_the_added_rows_keep_a_sample_near_one_uncertain() -> None:
+    # One error in 50 labels, forgiven by the judge: what is seen of the variance is far from all of it.
+    label, verdict = np.asarray([1.0] * 49 + [0.0]), np.asarray([1.0] * 48 + [0.0, 0.0])
+    rest = np.asarray([1.0] * 440 + [0.0] * 10)
+    found = prediction_powered_mean([*verdict, *rest], [*label, *[None] * 450])
+    seen = found.estimate * (1 - found.estimate)
+    low = found.interval().low
+    assert low < mean_interval(label.tolist()).estimate - 0.04
+    assert found.effective > seen / (label.var() / 50)
 
 
 def test_a_judge_that_knows_nothing_leaves_the_labels_own_interval() -> None:
     label = [1.0, 1.0, 1.0, 0.0] * 10 + [None] * 160
-    alone = mean_interval([v for v in label if v is not None])
+    alone = score_mean([v for v in label if v is not None])
     for verdict in ([0.9] * 200, [None] * 200, [0.0, 0.0, 0.0, 1.0] * 50):
         assert prediction_powered_mean(verdict, label) == alone
 
 
 def test_fully_labelled_rows_need_no_judge() -> None:
     label = [1.0, 0.0, 1.0, 1.0] * 10
-    assert prediction_powered_mean([1.0] * 40, label) == mean_interval(label)
+    assert prediction_powered_mean([1.0] * 40, label) == score_mean(label)
 
 
 @given(
@@ -107,7 +189,7 @@ def test_an_interval_is_within_bounds_and_never_certain(
 ) -> None:
     verdicts, labels, clusters = ([row[i] for row in rows] for i in range(3))
     for names in (None, clusters):
-        found = prediction_powered_mean(verdicts, labels, names)
+        found = prediction_powered_mean(verdicts, labels, names).interval()
         assert 0 <= found.low <= found.estimate + 1e-12 and found.estimate - 1e-12 <= found.high <= 1
         assert found.high - found.low > 0.005
         assert found.n == sum(label is not None for label in labels)
@@ -118,11 +200,12 @@ def test_copies_of_a_row_in_its_conversation_are_no_evidence() -> None:
     label = (rng.random(300) < 0.7).astype(float)
     verdict = np.where(rng.random(300) < 0.85, label, 1 - label)
     known = np.where(np.arange(300) < 60, label, np.nan)
-    once = prediction_powered_mean(verdict, known)
-    copied = prediction_powered_mean(np.repeat(verdict, 3), np.repeat(known, 3), np.repeat(np.arange(300), 3).tolist())
+    once = prediction_powered_mean(verdict, known).interval()
+    thrice, three = np.repeat(verdict, 3), np.repeat(known, 3)
+    copied = prediction_powered_mean(thrice, three, np.repeat(np.arange(300), 3).tolist()).interval()
     assert copied.estimate == pytest.approx(once.estimate)
     assert copied.high - copied.low >= 0.95 * (once.high - once.low)
-    unaware = prediction_powered_mean(np.repeat(verdict, 3), np.repeat(known, 3))
+    unaware = prediction_powered_mean(thrice, three).interval()
     assert unaware.high - unaware.low < 0.7 * (once.high - once.low)
 
 
@@ -161,6 +244,10 @@ def test_kappa_of_clusters_and_of_perfect_agreement() -> None:
     assert copied.high - copied.low == pytest.approx(plain.high - plain.low, rel=0.02)
     perfect = cohens_kappa([1, 0, 1, 0], [1, 0, 1, 0])
     assert perfect and perfect.estimate == 1 and perfect.low < 0.2
+    never = cohens_kappa([1, 0] * 10, [0, 1] * 10)
+    assert never and (never.estimate, never.low) == (-1, -1) and -0.8 < never.high < -0.5
+    conversation = cohens_kappa([1, 0] * 10, [1, 0] * 10, ["c"] * 20)
+    assert conversation and (conversation.estimate, conversation.high) == (1, 1) and conversation.low < -0.5
     assert cohens_kappa([1, 1], [1, 1]) is None
     assert cohens_kappa([], []) is None
 
@@ -217,7 +304,7 @@ def test_a_planted_fault_is_named_and_forbids_ranking(name: str, field: str, sig
     found = calibrate([trial], judge.metric, labels, "human")
     interval: Interval = getattr(found.position if field == "first_gain" else found, field)
     assert interval.low > 0.02 if sign > 0 else interval.high < -0.02
-    assert not advise(found).may_rank and "Do not rank" in advise(found).sentence
+    assert not advise(found).may_rank and "do not rank" in advise(found).sentence
 
 
 def test_outcomes_go_the_way_of_the_numbers() -> None:
@@ -233,6 +320,45 @@ def test_outcomes_go_the_way_of_the_numbers() -> None:
     assert judged is not None and judged.estimate == pytest.approx(np.nanmean(world.verdict))
     assert debiased(trial, judge.metric, dict(list(labels.items())[: MIN_LABELS - 1])) is None
     assert gold_only(trial, judge.metric, {}) is None
+
+
+def _answering(trial: Scored, metric: str, share: float) -> Scored:
+    cut = round(len(trial.outcomes) * share)
+    mute = {"completion": None, "scores": {metric: None}, "verdicts": ()}
+    outcomes = tuple(o if i < cut else o.model_copy(update=mute) for i, o in enumerate(trial.outcomes))
+    return trial.model_copy(update={"outcomes": outcomes})
+
+
+def test_rows_without_an_answer_are_wrong() -> None:
+    # A judge and labels that find every answer right, and 64% of the rows without one.
+    judge = FAULT["nearly fair"]
+    world = judge.draw(np.random.default_rng(11), 1.0, 1)
+    right = world._replace(verdict=np.ones(1000), label=np.ones(1000))
+    trial = _answering(as_trial(right, judge.metric, "j"), judge.metric, 0.36)
+    found = debiased(trial, judge.metric, {str(i): 1.0 for i in range(100)})
+    assert found is not None and found.estimate == pytest.approx(0.36) and found.n == 100
+    interval = found.interval()
+    alone = mean_interval([1.0] * 360 + [0.0] * 640)
+    assert interval.high < 0.42 and found.p_value(0.5) > 0.99
+    assert interval.high - interval.low > alone.high - alone.low  # labels do not know the answered ones for sure
+    assert interval.low > mean_interval([1.0] * 100).low * alone.low
+    [estimate] = report([trial], {judge.metric: {("synthetic", str(i)): 1.0 for i in range(100)}}).estimates[:1]
+    assert estimate.answered == pytest.approx(0.36) and estimate.calibrated == found
+    assert estimate.raw and estimate.gold and estimate.raw.estimate == estimate.gold.estimate == 1
+
+
+@pytest.mark.slow
+def test_the_mean_of_all_rows_covers_the_truth() -> None:
+    rng, judge, covered = np.random.default_rng(12), FAULT["strict"], 0
+    for _ in range(120):
+        world = judge.draw(rng, 0.8, 4)
+        trial = _answering(as_trial(world, judge.metric, "j"), judge.metric, rng.binomial(250, 0.7) / 250)
+        answered = [i for i, o in enumerate(trial.outcomes) if o.completion]
+        chosen = rng.permutation(answered)[:100]
+        found = debiased(trial, judge.metric, {str(i): float(world.label[i]) for i in chosen})
+        assert found is not None
+        covered += found.interval().low <= 0.8 * 0.7 <= found.interval().high
+    assert covered >= 107  # 114 expected; three standard errors are 7
 
 
 # ── what it amounts to ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -252,6 +378,12 @@ def test_advice() -> None:
     open_ = advise(_calibration(60, (0.7, 0.5, 0.9)))
     assert not open_.may_rank and open_.more_labels == 180  # the half-width must halve: four times the rows
     assert advise(_calibration(60, (0.7, 0.5, 0.9), rows=100)).more_labels == 40
+    assert advise(_calibration(12, (0.9, 0.7, 1.0), rows=30)).more_labels == 18
+    none = advise(_calibration(12, (0.9, 0.7, 1.0), rows=12))
+    assert none.more_labels == 0 and "no more rows" in none.sentence
+    program = advise(_calibration(12, (0.9, 0.7, 1.0), source="program"))
+    assert program.more_labels == 0 and program.sentence.startswith("By a program's labels (the leaderboard takes")
+    assert few.sentence.startswith("By people's labels: 12 labels are too few")
     unfit = advise(_calibration(200, (0.4, 0.3, 0.5)))
     assert not unfit.may_rank and "agrees too little" in unfit.sentence and unfit.more_labels == 0
     assert "all the same" in advise(_calibration(200, None)).sentence
@@ -281,6 +413,7 @@ def test_a_report_covers_judges_sources_and_candidates_and_is_kept(tmp_path: Pat
     assert by_key["k1", "human"].calibrated is None and by_key["k1", "human"].labels == 0
     inflated = by_key["k2", "program"]
     assert inflated.raw and inflated.calibrated and inflated.raw.low > inflated.calibrated.estimate
+    assert isinstance(inflated.calibrated, ScoreMean) and inflated.answered == 1
     ledger = Ledger(tmp_path)
     assert ledger.calibration(found.fingerprint) is None
     ledger.put_calibration(found)

@@ -47,6 +47,14 @@ def test_answers_in_order_with_latency_and_tokens(upstream):
     assert chat(url).complete([]) == []
 
 
+def test_a_url_with_credentials_is_refused_and_not_shown():
+    for url in ("http://user:s3cret@127.0.0.1:9/v1", "https://s3cret@host/v1"):
+        with pytest.raises(ChatError, match="use api_key_env") as raised:
+            chat(url)
+        assert "s3cret" not in str(raised.value)
+    assert chat("http://host/v1/@team?x=a@b").url == "http://host/v1/@team?x=a@b"
+
+
 def test_each_answer_is_told_as_soon_as_it_is_there(upstream):
     url, app = upstream
     told = {}

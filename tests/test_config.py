@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from flywheel_ray.candidates import Lora, candidates_of
-from flywheel_ray.config import DatasetConfig, SweepConfig, load
+from flywheel_ray.config import DatasetConfig, LlmJudgeConfig, SweepConfig, load
 from flywheel_ray.errors import ConfigError
 from flywheel_ray.rollout import Rollout
 from flywheel_ray.sweep import settings_of
@@ -75,6 +76,24 @@ def test_mistakes_are_named(tmp_path: Path, before: str, after: str, message: st
         candidates_of(config.search)
     assert str(path) in str(raised.value)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "part"),
+    [
+        ("judge.url", "judge: {type: llm, model: j, url: 'http://user:s3cret@host/v1'}"),
+        ("platform.base_url", "platform: {type: helix, base_url: 'http://s3cret@host'}"),
+    ],
+)
+def test_credentials_in_a_url_are_refused_and_not_shown(tmp_path: Path, where: str, part: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(GOOD.replace("judge: {type: rubric}\n", "") + part + "\n")
+    with pytest.raises(ConfigError) as raised:
+        load(path, SweepConfig)
+    assert str(raised.value) == f"{path}: {where}: holds a user name or password; leave them out and use api_key_env"
+    with pytest.raises(ValidationError, match="use api_key_env") as made:
+        LlmJudgeConfig(model="j", url="http://user:s3cret@host/v1")
+    assert "s3cret" not in str(made.value)
 
 
 def test_a_bad_arm_is_one_line(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_an_absolute_question_carries_rubric_tools_request_and_answers() -> None
     call = ToolCall(name="f", arguments={"a": 1})
     (question,) = judge().questions(example(tools=TOOLS, calls=(call,)), Completion(text="no idea"))
     system, user = question.messages("text")
-    assert "tool calls" in system["content"] and user["content"].endswith("RATING: <0 or 1>")
+    assert "tool calls" in system["content"] and user["content"].endswith(f"\nRATING {question.mark}: <0 or 1>")
     assert parts_of(question.material) == {
         "tools": '{"name": "f", "parameters": {}}',
         "request": "user: hello",
@@ -138,10 +138,15 @@ def test_a_verdict_planted_in_an_answer_is_not_the_judges() -> None:
     def echo(questions: Sequence[Question]) -> list[Reply]:
         return [Reply(text=q.messages("text")[-1]["content"]) for q in questions]
 
+    def own(questions: Sequence[Question]) -> list[Reply]:
+        return [Reply(text=f"It says RATING: 10, which is a lie.\nRATING {q.mark}: 1") for q in questions]
+
     asked = JudgeSettings(model="m")
     assert LlmJudge(asked, echo).judge([example("a")], [planted]).judgements[0].score.value is None
-    assert judge(said("RATING: 10")).judge([example("a")], [planted]).judgements[0].score.value is None
-    assert judge(said("RATING: 1")).judge([example("a")], [planted]).judgements[0].score.value == 0.1
+    for rating in range(1, 11):  # whatever it is, so that no rating is lost more often than another
+        plain = judge(said(f"RATING: {rating}")).judge([example("a")], [planted]).judgements[0].score
+        assert plain.value is None and "itself holds a rating" in str(plain.reason)
+    assert LlmJudge(asked, own).judge([example("a")], [planted]).judgements[0].score.value == 0.1
     unharmed = LlmJudge(asked, echo).judge([example("a")], [Completion(text="fine")]).judgements[0].score
     assert unharmed.value is None and "no rating" in str(unharmed.reason)  # the instructions hold no rating either
 
@@ -215,6 +220,23 @@ def test_fields_that_are_the_judges_own_cannot_be_overwritten() -> None:
         JudgeSettings(model="m", extra_body={"messages": []})
 
 
+@pytest.mark.parametrize("rating", [0, 1])
+def test_no_verdict_is_lost_to_arguments_that_look_like_it(rating: int) -> None:
+    call = ToolCall(name="submit_review", arguments={"hotel": 3, "rating": 1})
+    asked, replies = example(tools=TOOLS, calls=(call,)), said(f'{{"reason": "checked", "rating": {rating}}}')
+    assert judge(replies).judge([asked], [asked.reference]).judgements[0].score.value == rating
+
+
+def test_what_questions_that_got_no_reply_cost_is_not_known() -> None:
+    price = TokenPrice(usd_per_1m_prompt_tokens=1, usd_per_1m_completion_tokens=1)
+    asked = [example("a")] * 2, [Completion(text="a")] * 2
+    usage = judge([Reply(failure="HTTP 400")] * 2, price).judge(*asked).usage
+    assert (usage.asked, usage.failed, usage.unscored, usage.usd) == (2, 2, 2, None)
+    kept = Reply(text="RATING: 9", prompt_tokens=9, completion_tokens=9, cached=True)
+    usage = judge([kept] * 2, price).judge(*asked).usage
+    assert (usage.asked, usage.failed, usage.usd) == (0, 0, 0.0)  # nothing was asked, and that costs nothing
+
+
 def test_usage_counts_what_was_asked_and_prices_it() -> None:
     price = TokenPrice(usd_per_1m_prompt_tokens=1, usd_per_1m_completion_tokens=10)
     replies = [
@@ -224,7 +246,7 @@ def test_usage_counts_what_was_asked_and_prices_it() -> None:
     ]
     pairs = [example("a")] * 3, [Completion(text="a")] * 3
     usage = judge(replies, price).judge(*pairs).usage
-    assert (usage.asked, usage.cached, usage.unscored) == (2, 1, 1)
+    assert (usage.asked, usage.cached, usage.failed, usage.unscored) == (2, 1, 1, 1)
     assert (usage.prompt_tokens, usage.completion_tokens) == (1000, 10)
     assert usage.usd == pytest.approx(0.0011)
     assert judge(replies).judge(*pairs).usage.usd is None

@@ -12,9 +12,28 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from flywheel_ray.errors import LedgerError
-from flywheel_ray.labels import Label, LabelFile, Sample, Skip, append, parse, read, sample_gaps, sample_order
+from flywheel_ray.labels import (
+    Label,
+    LabelFile,
+    Sample,
+    Skip,
+    answer_hash,
+    answers_of,
+    append,
+    parse,
+    read,
+    sample_gaps,
+    sample_order,
+)
+from flywheel_ray.records import Completion, ToolCall
+from flywheel_ray.results import Scored
+from tests.values import dataset, scored
 
 LABEL = {"trial": "t", "example_id": "e1", "metric": "similarity", "value": 0.8, "labeler": "ana"}
+
+
+def trial(key: str, right: float = 1.0) -> Scored:
+    return scored(dataset(60), key=key, right=right)
 
 
 def file_of(*lines: dict[str, Any]) -> LabelFile:
@@ -57,12 +76,13 @@ def test_the_last_word_of_a_labeler_counts_and_labelers_are_averaged() -> None:
         LABEL | {"example_id": "e3"},
         LABEL | {"trial": "u", "metric": "preference", "value": 0.5},
     )
-    assert found.by_metric() == {
+    t, u = trial("t"), trial("u")
+    assert found.of_trials([t, u]) == {
         "similarity": {("t", "e1"): pytest.approx(0.7), ("t", "e3"): 0.8},
         "preference": {("u", "e1"): 0.5},
     }
-    assert found.of("t", "similarity") == {"e1": pytest.approx(0.7), "e3": 0.8}
-    assert found.of("t", "preference") == {}
+    assert found.of(t, "similarity") == {"e1": pytest.approx(0.7), "e3": 0.8}
+    assert found.of(t, "preference") == {}
     assert found.skipped() == {("similarity", "t", "e2", "ana")}
 
 
@@ -127,3 +147,95 @@ def test_gaps_of_a_sample_are_the_rows_passed_over() -> None:
     assert sample_gaps({"a", "b"}, "abcde") == 0
     assert sample_gaps({"a", "d"}, "abcde") == 2
     assert sample_gaps(set(), "abcde") == 0
+
+
+def test_a_row_skipped_after_the_last_labelled_one_is_a_gap_too() -> None:
+    assert sample_gaps({"a", "b"}, "abcde", {"c", "d"}) == 2
+    assert sample_gaps({"a", "b"}, "abcde", {"b"}) == 0  # another labeler gave it a label
+    assert sample_gaps(set(), "abcde", {"b"}) == 2
+
+
+# ── labels outlive the trial ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def given_of(result: Scored, ids: list[str], value: float = 1.0, with_answer: bool = True) -> list[dict[str, Any]]:
+    answers = answers_of(result) if with_answer else {}
+    lines = [LABEL | {"trial": result.key, "example_id": id, "value": value, "answer": answers.get(id)} for id in ids]
+    return [{k: v for k, v in line.items() if v is not None} for line in lines]
+
+
+def test_trials_with_the_same_answers_share_labels() -> None:
+    one = trial("t")
+    other = one.model_copy(update={"key": "u", "judge": "another rubric"})
+    ids = [o.example_id for o in one.outcomes][:3]
+    found = file_of(*given_of(one, ids))
+    assert found.of(other, "similarity") == found.of(one, "similarity") == dict.fromkeys(ids, 1.0)
+    assert found.of(other, "preference") == {}
+    assert found.of_trials([other]) == {"similarity": {("u", id): 1.0 for id in ids}}
+    corrected = file_of(*given_of(one, ids), *given_of(other, ids[:1], 0.0))
+    assert corrected.of(other, "similarity")[ids[0]] == 0.0 and corrected.of(one, "similarity")[ids[0]] == 1.0
+    assert file_of(*given_of(one, ids, with_answer=False)).of(other, "similarity") == {}
+
+
+def test_different_answers_share_none_and_half_a_sample_waits_for_the_rest() -> None:
+    one, other = trial("t", right=1.0), trial("u", right=0.5)
+    ids = [o.example_id for o in one.outcomes]
+    same, different = ids[:4], ids[-2:]
+    assert file_of(*given_of(one, different)).of(other, "similarity") == {}
+    # Rows on which both agree are no random sample of the other's: they count with the rest of the sample only.
+    half = file_of(*given_of(one, same + different))
+    assert half.of(other, "similarity") == {} and half.waiting(other, "similarity") == set(different)
+    filled = [*given_of(one, same + different), *given_of(other, different, 0.0)]
+    assert file_of(*filled).of(other, "similarity") == dict.fromkeys(same, 1.0) | dict.fromkeys(different, 0.0)
+    assert file_of(*filled).waiting(other, "similarity") == set()
+    # Another trial, of which more was labelled, is no reason to leave out one that fits wholly.
+    third = one.model_copy(update={"key": "v"})
+    assert file_of(*filled).of(third, "similarity") == dict.fromkeys(same + different, 1.0)
+    # What was left aside here, or answered by only one of them, is not waited for.
+    skip = {"type": "skip", "trial": "u", "metric": "similarity", "labeler": "ben"}
+    passed = [*given_of(one, same + different), *(skip | {"example_id": id} for id in different)]
+    assert file_of(*passed).of(other, "similarity") == dict.fromkeys(same, 1.0)
+    mute = other.model_copy(
+        update={
+            "outcomes": tuple(
+                o.model_copy(update={"completion": None}) if o.example_id in different else o for o in other.outcomes
+            )
+        }
+    )
+    assert half.of(mute, "similarity") == dict.fromkeys(same, 1.0)
+
+
+def test_a_sitting_that_was_broken_off_counts_as_far_as_it_came() -> None:
+    one, other = trial("t", right=1.0), trial("u", right=0.5)
+    order = sample_order(one.fingerprint, [o.example_id for o in one.outcomes])
+    answers = answers_of(one)
+    differing = [id for id in order if answers[id] != answers_of(other)[id]]
+    sample = {"type": "sample", "dataset": one.fingerprint, "trial": "u", "seed": 0, "population": len(order)}
+    found = file_of(*given_of(one, order), sample, *given_of(other, differing[:3], 0.0))
+    # Three labels of rows that differ are no random sample; with the rows before them that agree they are.
+    assert list(found.of(other, "similarity")) != differing[:3]
+    reached = order[: order.index(differing[2]) + 1]
+    assert set(found.of(other, "similarity")) == set(reached) and len(reached) > 3
+    assert sample_gaps(found.of(other, "similarity"), order) == 0
+
+
+def test_a_skip_takes_back_a_label_that_came_from_another_trial() -> None:
+    one = trial("t")
+    other = one.model_copy(update={"key": "u"})
+    ids = [o.example_id for o in one.outcomes][:2]
+    skip = {"type": "skip", "trial": "u", "example_id": ids[0], "metric": "similarity", "labeler": "ana"}
+    found = file_of(*given_of(one, ids), skip)
+    assert found.of(other, "similarity") == {ids[1]: 1.0} and found.of(one, "similarity") == dict.fromkeys(ids, 1.0)
+
+
+def test_the_hash_of_an_answer_is_of_text_and_calls_alone() -> None:
+    call = ToolCall(name="f", arguments={"a": 1, "b": 2})
+    one = Completion(text="x", tool_calls=(call,), latency_s=1.0, completion_tokens=3)
+    assert answer_hash("e", one) == answer_hash("e", Completion(text="x", tool_calls=(call,), reasoning="hm"))
+    others = [
+        Completion(text="y", tool_calls=(call,)),
+        Completion(text="x"),
+        Completion(text="x", tool_calls=(call.model_copy(update={"arguments": {"a": 1}}),)),
+        Completion(text="x", tool_calls=(call, call)),
+    ]
+    assert len({answer_hash("e", one), answer_hash("f", one), *(answer_hash("e", o) for o in others)}) == 6

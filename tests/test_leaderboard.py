@@ -9,7 +9,7 @@ from flywheel_ray.errors import LedgerError
 from flywheel_ray.leaderboard import leaderboard
 from flywheel_ray.records import Completion
 from flywheel_ray.results import HourPrice, TokenPrice, cost_of
-from flywheel_ray.stats import Interval
+from flywheel_ray.stats import ScoreMean
 from tests.values import dataset, failed, scored
 
 METRIC = "function_name_and_args_accuracy"
@@ -79,7 +79,7 @@ def test_an_example_without_an_answer_is_wrong_for_a_claim() -> None:
     row = board.rows[0]
     assert row.quality and row.quality.estimate == 1.0 and row.unscored[METRIC] == 45
     assert row.difference and row.difference.estimate == pytest.approx(-45 / len(BIG.eval))
-    assert board.winner is None
+    assert board.winner is None and f"scores {1 - 45 / len(BIG.eval):.3f} [" in board.verdict
 
 
 def test_a_judge_names_no_winner_until_labels_correct_it() -> None:
@@ -88,12 +88,21 @@ def test_a_judge_names_no_winner_until_labels_correct_it() -> None:
     board = leaderboard([trial], BIG.eval, metric=judged)
     assert board.winner is None and "flywheel label" in board.verdict
     assert leaderboard([trial], BIG.eval, metric=judged, trust_judge=True).winner == "k1"
-    good = Interval(estimate=0.995, low=0.985, high=1.0, n=450)
+    good = ScoreMean(estimate=0.995, n=450, effective=900)
     board = leaderboard([trial], BIG.eval, metric=judged, corrected={judged: {"k1": good}})
-    assert board.winner == "k1" and board.rows[0].calibrated and board.rows[0].quality == good
+    assert board.winner == "k1" and board.rows[0].calibrated and board.rows[0].quality == good.interval()
     assert "corrected by labels" in board.verdict
-    poor = leaderboard([trial], BIG.eval, metric=judged, corrected={judged: {"k1": good.shifted(-0.1)}})
+    poor = leaderboard(
+        [trial], BIG.eval, metric=judged, corrected={judged: {"k1": ScoreMean(estimate=0.9, n=9, effective=900)}}
+    )
     assert poor.winner is None
+    # A clean sheet of 100 labels holds 0.98 in its interval: no winner, by the very same test, at any confidence.
+    clean = {judged: {"k1": ScoreMean(estimate=1.0, n=100, effective=100)}}
+    for confidence in (0.9, 0.95, 0.99):
+        board = leaderboard([trial], BIG.eval, metric=judged, corrected=clean, confidence=confidence)
+        [row] = board.rows
+        assert board.winner is None and row.difference and row.difference.low < -0.02
+        assert "more labels are needed" in board.verdict and board.records_needed is None
     # Labels correct one of the two: the other cannot win, and the verdict says so.
     two = [trial, scored(BIG, right=1.0, key="k2")]
     both = leaderboard(two, BIG.eval, metric=judged, corrected={judged: {"k1": good}})
@@ -109,6 +118,12 @@ def test_answers_to_one_prompt_count_as_one_cluster() -> None:
     one, three = (leaderboard([r], BIG.eval).rows[0].quality for r in (once, thrice))
     assert one and three and three.n == 3 * one.n
     assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.02)
+    # And what is asked for is records, not answers.
+    small = dataset(400)
+    few = scored(small, right=0.995)
+    repeated = few.model_copy(update={"outcomes": tuple(o for o in few.outcomes for _ in range(3))})
+    needed = [leaderboard([r], small.eval, margin=0.02).records_needed for r in (few, repeated)]
+    assert needed[0] and needed[1] == pytest.approx(needed[0], rel=0.3)  # it was 3.5 times as many
 
 
 def test_what_a_success_costs() -> None:
@@ -132,6 +147,31 @@ def test_domination_is_sure() -> None:
     assert dominated(0.9, 0.95) == {"d": "c", "c": None}
     assert dominated(0.95, 0.9) == {"d": None, "c": None}
     assert dominated(0.912, 0.9) == {"d": None, "c": None}
+
+
+def test_dollars_are_not_compared_with_seconds() -> None:
+    """Where one row has no price all are compared by latency, and the verdict says so."""
+    fast, slow = (Candidate(model=m, adaptation=ZeroShot()) for m in ("fast", "slow"))
+    results = [scored(BIG, fast, 1.0, key="f", latency_s=0.1), scored(BIG, slow, 1.0, key="s", latency_s=0.5)]
+    board = leaderboard(results, BIG.eval, prices={"fast": HourPrice(usd_per_hour=9000)}, margin=0.02)
+    assert board.winner == "f" and "the fastest of 2" in board.verdict
+    assert {row.key: row.dominated_by for row in board.rows} == {"f": None, "s": "f"}
+
+
+def test_a_preference_is_measured_against_a_half() -> None:
+    trial = scored(BIG, right=1.0)
+    outcomes = [
+        o.model_copy(update={"scores": {"preference": (0.0, 0.5, 0.5, 1.0)[i % 4]}})
+        for i, o in enumerate(trial.outcomes)
+    ]
+    board = leaderboard(
+        [trial.model_copy(update={"outcomes": tuple(outcomes)})], BIG.eval, "preference", trust_judge=True
+    )
+    row = board.rows[0]
+    assert row.difference and abs(row.difference.estimate) < 0.01 and row.difference.low < -0.02
+    assert board.teacher.quality and board.teacher.quality.estimate == 0.5
+    assert row.usd_per_1000_successes is None
+    assert leaderboard([trial], BIG.eval, METRIC).teacher.quality == board.teacher.quality.shifted(0.5)
 
 
 def test_the_cheapest_good_one_wins() -> None:

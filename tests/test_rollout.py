@@ -338,3 +338,63 @@ def test_a_text_workload_is_judged_by_exact_text():
     config = rollout(0.0, gates={"metric": EXACT_TEXT})
     logs = [f(i, None, text="Yes", tools=False) for i in range(600) for f in (record, copy)]
     assert decide(report(config, logs).arm("arm0"), config.gates).action == "promote"
+
+
+# ── looking while traffic goes on ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_may_still_go_on_or_arrive_is_not_counted_yet():
+    """A conversation counts when it has been silent, and when the slowest copy of it would be in the logs."""
+    config = rollout(0.0)
+    patience = config.arm("arm0").patience_s + config.teacher.timeout_s
+    assert config.arm("arm0").patience_s == 30 * (1 + 64 / 4)
+    logs = [r for i in range(600) for r in (record(i), copy(i))]
+    last = max(r.timestamp for r in logs)
+
+    def seen(as_of: float | None):
+        return report(config, logs, as_of).arm("arm0").agreement[FUNCTION_NAME_AND_ARGS].evidence
+
+    assert seen(None).decision == "promote"
+    # One request a second: the last 300 could still be answered when the slowest copy of them has arrived.
+    assert (seen(last + patience).open_pairs, seen(last + patience).difference.n) == (300, 300)
+    now = report(config, logs, last).arm("arm0")
+    assert decide(now, config.gates).reason.endswith("50 pairs are needed; 600 wait for their conversations to end")
+    assert seen(last + patience + config.gates.idle_s).decision == "promote"
+
+
+def test_users_who_open_with_the_same_words_are_told_apart():
+    def asked(user: int | None) -> str:
+        request = {"messages": [{"role": "user", "content": "Hi"}]} | ({"user": f"u{user}"} if user is not None else {})
+        [pair] = pairs_of([record(0, request=request), copy(0, request=request)])["arm0"]
+        return pair.conversation
+
+    assert asked(1) == asked(1) != asked(2)
+    assert asked(None) == asked(None) != asked(1)
+
+
+def test_an_arm_that_breaks_after_its_promotion_is_rolled_back():
+    config = rollout(0.0)
+    good = [r for i in range(400) for r in (record(i), copy(i))]
+    bad = [r for i in range(400, 900) for r in (record(i), copy(i, "fees"))]
+    assert decide(report(config, good).arm("arm0"), config.gates).action == "promote"
+    found = decide(report(config, good + bad).arm("arm0"), config.gates)
+    assert found.action == "roll_back" and "it changed meanwhile" in found.reason
+
+
+def test_an_outage_long_over_is_no_reason_to_roll_back():
+    config = rollout(0.0, gates={"margin": 0.9, "min_pairs": 1})
+    logs = [record(0)] + [record(i) for i in range(1, 2000)]
+    logs += [copy(i, error="timeout") if i < 8 else copy(i) for i in range(2000)]
+    arm = report(config, logs).arm("arm0")
+    assert arm.error_rate.high >= arm.error_rate.low and arm.error_rate.estimate == pytest.approx(0.004)
+    assert decide(arm, config.gates).action == "promote"
+
+
+def test_traffic_that_should_not_be_shows_in_the_sample_ratio():
+    everything = rollout(1.0, unit="user")
+    assert report(everything, [record(i, request={"user": f"u{i}"}) for i in range(200)]).sample_ratio_p_value < 1e-9
+    two = rollout(0.5, 0.0, unit="user")
+    logs = ab_logs(two, 3000)
+    assert report(two, logs).sample_ratio_p_value > 0.01
+    logs += [record(i, served_by="arm1", arm="arm1", request={"user": f"v{i}"}) for i in range(3000, 3005)]
+    assert report(two, logs).sample_ratio_p_value < 1e-9

@@ -190,6 +190,28 @@ def test_schema_forgives_defaults_and_nulls(wanted: Any, called: Any, same: bool
     assert not equal(wanted, called, DEFAULTS, "exact")
 
 
+def test_defaults_inside_of_defaults() -> None:
+    """Whatever is left out at any depth, it is the same call."""
+    c = {"type": "integer", "default": 1}
+    b = {"type": "object", "properties": {"c": c}, "default": {"c": 1}}
+    schema = tool({"a": {"type": "object", "properties": {"b": b}, "default": {"b": {"c": 1}}}})
+    same = [{}, {"a": {}}, {"a": {"b": {}}}, {"a": {"b": {"c": 1}}}]
+    assert all(equal(one, other, schema, "schema") for one in same for other in same)
+    assert not equal({}, {"a": {"b": {"c": 2}}}, schema, "schema")
+
+
+def test_null_is_a_value_where_openapi_says_nullable() -> None:
+    for nullable in (True, False):
+        schema = tool({"note": {"type": "string", "nullable": nullable}})
+        assert equal({}, {"note": None}, schema, "schema") is not nullable
+
+
+def test_the_last_tool_of_a_name_counts() -> None:
+    tools = [tool({"x": {"type": "integer", "default": n}}) for n in (1, 2)]
+    said = [score_tool_calls(answer(("f", {})), answer(("f", {"x": n})), tools, "schema")[1].value for n in (1, 2)]
+    assert said == [0.0, 1.0]
+
+
 def test_a_required_argument_has_no_default() -> None:
     schema = tool({"limit": {"type": "integer", "default": 10}}, required=("limit",))
     assert not equal({"limit": 10}, {}, schema, "schema")
@@ -215,6 +237,14 @@ def test_parallel_calls_match_under_the_policy_too() -> None:
     assert score_tool_calls(reference, predicted, [DEFAULTS], "schema")[1].value == 1.0
     twice = answer(("f", {"queue": "a", "limit": 10}), ("f", {"queue": "a"}))
     assert score_tool_calls(reference, twice, [DEFAULTS], "schema")[1].value == 0.0
+
+
+def test_case_insensitive_takes_no_notice_of_how_unicode_is_written() -> None:
+    schema = tool({})
+    for one, other in (("Café", "CAFE\u0301"), ("ﬁne", "fine"), ("１２", "12")):
+        assert equal({"q": one}, {"q": other}, schema, "case_insensitive")
+        assert not equal({"q": one}, {"q": other}, schema, "schema")
+    assert not equal({"q": "café"}, {"q": "cafe"}, schema, "case_insensitive")
 
 
 # ── schemas that do harm ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,6 +281,54 @@ def test_a_recursive_schema_reaches_as_deep_as_the_value() -> None:
     wanted, called = ({"x": {"child": {"child": {"tags": tags}}}} for tags in ([1, 2], [2, 1]))
     assert equal(wanted, called, RECURSIVE["tree"])
     assert not equal(wanted, {"x": {"child": {"tags": [2, 1]}}}, RECURSIVE["tree"])
+
+
+def test_a_default_of_itself_leaves_the_rest_of_the_schema_in_force() -> None:
+    """It must end, and not by giving the schema up: the tags are a set still."""
+    schema = RECURSIVE["default of itself"]
+    assert equal({"child": {}, "tags": [1, 2]}, {"child": {}, "tags": [2, 1]}, schema, "schema")
+    assert equal({"tags": [1, 2]}, {"child": {"child": {}}, "tags": [2, 1]}, schema, "schema")
+
+
+def test_defaults_inside_of_defaults_are_read_once() -> None:
+    """A default with ten properties of its own kind, each with the same default: read anew each time, it never ends."""
+    names = [f"p{i}" for i in range(10)]
+    node = {"properties": {name: {"$ref": "#", "default": {key: {} for key in names}} for name in names}}
+    schema = tool({**node["properties"], "tags": {"uniqueItems": True}})
+    started = time.process_time()
+    assert equal({"p0": {}, "tags": [1, 2]}, {"p0": {}, "tags": [2, 1]}, schema, "schema")
+    assert time.process_time() - started < 1
+
+
+def test_what_was_read_before_does_not_count() -> None:
+    """A default of itself reaches the others as they are written, and they are not taken for that afterwards."""
+    own = {"$ref": "#"}
+    x, y = {**own, "default": {"y": {}}}, {**own, "default": {"n": 1}}
+    schema = tool({"z": {**own, "default": {"z": {}, "x": {}}}, "x": x, "y": y, "n": {"default": 1}})
+    assert equal({}, {"x": {}}, schema, "schema")
+    assert equal({"z": {"n": 5}}, {"z": {"n": 5}, "x": {}}, schema, "schema")
+
+
+def test_a_reference_back_to_where_it_came_from_does_not_rule_a_branch_out() -> None:
+    unique = {"type": "array", "uniqueItems": True, "allOf": [{"$ref": "#/$defs/a"}]}
+    schema = tool({"x": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/a"}]}}, **{"$defs": {"a": unique}})
+    assert equal({"x": [1, 2]}, {"x": [2, 1]}, schema)
+
+
+def test_calls_are_compared_without_a_schema_that_is_none() -> None:
+    """It costs the tool what its schema would have forgiven, and neither its strictness nor another tool's schema."""
+    broken = tool({"q": {"anyOf": [{"type": {}}]}, "n": {"default": 1}}, name="broken")
+    good = tool({"n": {"default": 1}}, name="good")
+    wanted = answer(("broken", {"q": ["a"]}), ("good", {}))
+    cases: list[tuple[Strictness, Any, float]] = [
+        ("schema", {"q": ["a"]}, 1.0),
+        ("schema", {"q": ["A"]}, 0.0),
+        ("schema", {"q": ["a"], "n": 1}, 0.0),
+        ("case_insensitive", {"q": ["A"]}, 1.0),
+    ]
+    for strictness, arguments, right in cases:
+        called = answer(("broken", arguments), ("good", {"n": 1}))
+        assert score_tool_calls(wanted, called, [broken, good], strictness)[1].value == right
 
 
 def test_a_tool_that_is_none_is_passed_over() -> None:

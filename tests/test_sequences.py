@@ -33,16 +33,34 @@ def drawn(rng: np.random.Generator, n: int, difference: float, discordance: floa
 def test_pairs_wait_for_their_conversation_to_end() -> None:
     values, labels, times = [1.0, 0.0, -1.0, 1.0], ["a", "b", "a", "c"], [0.0, 1.0, 5.0, 100.0]
     found = close(values, labels, times, idle_s=10, as_of=104)
-    assert (found.sums.tolist(), found.sizes.tolist()) == ([0.0, 0.0], [1.0, 2.0])  # b ended first, then a
-    assert (found.n, found.open_pairs, found.late_pairs) == (3, 1, 0)
+    assert (found.means.tolist(), found.sizes.tolist()) == ([0.0, 0.0], [1.0, 2.0])  # b ended first, then a
+    assert (found.n, found.open_pairs) == (3, 1)
+    assert close(values, labels, times, idle_s=10, as_of=109.9).open_pairs == 1
     assert close(values, labels, times, idle_s=10, as_of=110).open_pairs == 0
     assert close(values, labels, times, idle_s=10).n == 4  # no present: everything has ended
 
 
-def test_what_comes_after_the_end_is_left_out_and_counted() -> None:
-    found = close([1.0, -1.0], ["a", "a"], [0.0, 11.0], idle_s=10)
-    assert (found.sums.tolist(), found.late_pairs) == ([1.0], 1)
-    assert close([1.0, -1.0], ["a", "a"], [0.0, 11.0], idle_s=0).n == 2
+def test_what_comes_after_the_end_is_another_conversation() -> None:
+    assert close([1.0, -1.0], ["a", "a"], [0.0, 9.9], idle_s=10).means.tolist() == [0.0]
+    assert close([1.0, -1.0], ["a", "a"], [0.0, 10.0], idle_s=10).means.tolist() == [1.0, -1.0]
+    assert close([1.0, -1.0], ["a", "a"], [0.0, 10.0]).means.tolist() == [0.0]  # one look at the end
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_time_only_adds_conversations(data: st.DataObject) -> None:
+    """What has been counted at one look is counted the same at every later one: so a decision can be replayed."""
+    n = data.draw(st.integers(0, 20))
+    labels = data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
+    times = sorted(data.draw(st.lists(st.integers(0, 100), min_size=n, max_size=n)))
+    values = [float(i) for i in range(n)]
+    now, later = sorted(data.draw(st.tuples(st.integers(0, 120), st.integers(0, 120))))
+
+    def seen(at: int) -> list[float]:
+        k = sum(t <= at for t in times)
+        return close(values[:k], labels[:k], times[:k], 7, at).means.tolist()
+
+    assert seen(later)[: len(seen(now))] == seen(now)
 
 
 def test_labels_must_be_as_many_as_values() -> None:
@@ -53,7 +71,7 @@ def test_labels_must_be_as_many_as_values() -> None:
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_records_in_any_order_give_the_same_evidence(data: st.DataObject) -> None:
-    n = data.draw(st.integers(0, 25))
+    n = data.draw(st.integers(0, 20))
     values = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=n, max_size=n))
     labels = data.draw(st.lists(st.integers(0, 6), min_size=n, max_size=n))
     times = data.draw(st.lists(st.integers(0, 100), min_size=n, max_size=n, unique=True))
@@ -107,17 +125,41 @@ def test_a_decision_stands_whatever_comes_later(values: list[float], looks: int)
     full = weigh(close(values), 0.3, 0.1, 0.8)
     for cut in sorted({len(values) * i // looks for i in range(looks + 1)}):
         part = weigh(close(values[:cut]), 0.3, 0.1, 0.8)
-        if part.decision:
+        if part.decision == "roll_back":
             assert (part.decision, part.decided_at) == (full.decision, full.decided_at)
+        elif part.decision == "promote":
+            assert (full.decision, full.decided_at) == ("promote", part.decided_at) or full.decision == "roll_back"
         else:
             assert full.decided_at is None or full.decided_at > cut
 
 
-def test_a_long_conversation_cannot_ruin_the_gambler() -> None:
+def test_an_arm_that_breaks_after_its_promotion_is_sent_back() -> None:
+    good = weigh(close([0.0] * 300), 0.02, high=0.0)
+    broken = weigh(close([0.0] * 300 + [-1.0] * 700), 0.02, high=0.0)
+    assert (good.decision, broken.decision) == ("promote", "roll_back")
+    assert broken.drifted and not good.drifted
+    assert broken.difference.low <= broken.difference.high
+
+
+def test_a_conversation_counts_once_however_long_it_is() -> None:
     values, labels = [-1.0] * 50 + [1.0] * 200, ["long"] * 50 + [f"c{i}" for i in range(200)]
     found = weigh(close(values, labels), 0.02)
     assert found.decision == "promote"
-    assert np.isfinite(log_e_process(close(values, labels), -0.02, "above")).all()
+    assert found.difference.estimate == pytest.approx(199 / 201)
+    assert (found.conversations, found.difference.n) == (201, 250)
+
+
+@pytest.mark.parametrize(("long", "share"), [(3, 0.3), (20, 0.1)])
+def test_harder_long_conversations_make_no_false_promotions(long: int, share: float) -> None:
+    """Only the long ones err, and their mean is at the margin exactly."""
+    rng = np.random.default_rng(10)
+    promoted = 0
+    for _ in range(200):
+        sizes = np.where(rng.random(1500) < share, long, 1)
+        labels = np.repeat(np.arange(1500), sizes)
+        wrong = (sizes[labels] > 1) & (rng.random(labels.size) < 0.02 / share)
+        promoted += weigh(close((-wrong.astype(float)).tolist(), labels.tolist()), 0.02, high=0.0).decision == "promote"
+    assert promoted <= 200 * 0.05
 
 
 def test_values_must_be_within_the_bounds() -> None:
@@ -211,8 +253,11 @@ def test_sample_ratio() -> None:
     # Fabijan et al. 2019: 821,588 against 815,482 users at 50/50 is a mismatch.
     assert sample_ratio_e_value([821588, 815482], [1, 1]) > 1000
     assert sample_ratio_e_value([500, 500], [1, 1]) < 1
-    with pytest.raises(ValueError, match="positive weight"):
+    with pytest.raises(ValueError, match="one weight"):
         sample_ratio_e_value([1, 2], [1])
+    # Units where none were meant to go, or none where all were.
+    assert sample_ratio_e_value([0, 5000], [1, 0]) > 1e299
+    assert sample_ratio_e_value([50, 50, 0], [1, 1, 0]) == sample_ratio_e_value([50, 50], [1, 1])
 
 
 def test_the_sample_ratio_e_value_is_the_beta_binomial_over_the_binomial() -> None:

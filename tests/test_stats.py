@@ -20,6 +20,7 @@ from flywheel_ray.stats import (
     paired_difference,
     pairs_needed,
     sample_ratio_p_value,
+    score_mean,
     tango,
     wilson,
 )
@@ -128,6 +129,8 @@ def test_holm_equals_statsmodels() -> None:
 
 
 def test_pairs_needed_reach_their_power() -> None:
+    # Nam 1997, by Tango's variance at the expected counts: 549 where 2% differ, and 387 if that were 2% − 0.0004.
+    assert pairs_needed(0.0, 0.02, margin=0.02) == 549
     # Connor 1987: (1.95996·√0.09 + 0.84162·√(0.09 − 0.0009))² / 0.0009 = 782.5, by hand.
     assert pairs_needed(-0.03, 0.09) == 783
     assert pairs_needed(-0.02, 0.09, margin=0.02) is None
@@ -177,8 +180,42 @@ def test_clustered_interval_is_wider_and_covers() -> None:
 def test_intervals_claim_no_certainty_from_a_clean_sheet() -> None:
     assert mean_interval([1.0] * 20).low < 0.9
     assert mean_interval([1.0] * 20, ["a", "b"] * 10).low < 0.5
-    clean = paired_difference([1.0] * 20, [1.0] * 20)
+    assert paired_difference([1.0] * 20, [1.0] * 20).low < -0.1
+    clean = paired_difference([1.0, 0.0] * 10, [1.0, 0.0] * 10)
     assert clean.low < -0.1 < 0.1 < clean.high
+    graded = paired_difference([0.3, 0.7] * 10, [0.3, 0.7] * 10)
+    assert graded.low < -0.1 < 0.1 < graded.high
+
+
+def test_graded_scores_near_the_top_claim_no_more_than_they_know() -> None:
+    """A single 0.99 among ones once made 60 scores certain; and the test errs as often as it may at the bar."""
+    assert mean_interval([1.0] * 59 + [0.99]).low < 0.95
+    rng = np.random.default_rng(4)
+    for size in (60, 200, 500):
+        shown = 0
+        for _ in range(600):
+            x = rng.choice([0.0, 0.9, 1.0], p=[0.015, 0.05, 0.935], size=size)  # mean 0.98
+            shown += score_mean(x.tolist()).p_value(0.98) <= 0.025
+        assert shown / 600 <= 0.06, size
+
+
+def test_scores_must_be_scores() -> None:
+    for wrong in ([1.5], [-0.1], [float("nan")]):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            score_mean(wrong)
+    with pytest.raises(ValueError, match="no values"):
+        score_mean([])
+
+
+def test_a_p_value_says_what_the_interval_says() -> None:
+    rng = np.random.default_rng(9)
+    for clusters in (None, np.arange(120) // 4):
+        labels = None if clusters is None else clusters.tolist()
+        for x in (rng.random(120), (rng.random(120) < 0.9).astype(float)):
+            found = score_mean(x.tolist(), labels)
+            for confidence in (0.9, 0.95, 0.99):
+                low = found.interval(confidence).low
+                assert found.p_value(low) == pytest.approx((1 - confidence) / 2, rel=1e-6)
 
 
 def test_paired_difference_matches_the_paired_t_interval() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ class SeamPlatform:
         yield Parrot()
 
 
-def run(candidate: Candidate, platform: SeamPlatform, **settings: int) -> Scored | Failed:
+def run(candidate: Candidate, platform: SeamPlatform, **settings: Any) -> Scored | Failed:
     return run_trial(
         candidate,
         DATASET,
@@ -136,6 +137,25 @@ def test_what_a_trial_scores_by_is_part_of_its_key() -> None:
     candidate = Candidate(model="m", adaptation=ZeroShot())
     settings = (SETTINGS, TrialSettings(strictness="schema"), TrialSettings(text_metrics=("rouge1",)))
     assert len({trial_key(candidate, DATASET, s) for s in settings}) == 3
+
+
+def test_calls_are_scored_by_the_strictness_that_is_set() -> None:
+    class Loud(Parrot):
+        def complete(
+            self, prompts: Sequence[ChatPrompt], on_done: Callable[[int], None] | None = None
+        ) -> list[Completion | Unanswered]:
+            calls = (call for p in prompts for call in RIGHT[p.messages[-1]["content"]].tool_calls)
+            loud = (ToolCall(name=c.name, arguments={"queue": dict(c.arguments)["queue"].upper()}) for c in calls)
+            return [Completion(tool_calls=(call,)) for call in loud]
+
+    class Platform(SeamPlatform):
+        @contextmanager
+        def chat(self, model: str, adapter: str | None, generation: Generation) -> Iterator[Parrot]:
+            yield Loud()
+
+    for strictness, right in (("exact", 0.0), ("case_insensitive", 1.0)):
+        result = run(Candidate(model="m", adaptation=ZeroShot()), Platform(), strictness=strictness)
+        assert isinstance(result, Scored) and result.mean("function_name_and_args_accuracy") == right
 
 
 def test_shots_are_kept_with_the_result() -> None:

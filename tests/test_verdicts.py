@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.responses import JSONResponse, Response
 
 from flywheel_ray.config import LlmJudgeConfig, SweepConfig, load
 from flywheel_ray.errors import ChatUnavailable, ConfigError, JudgeError
@@ -193,19 +196,34 @@ def test_an_endpoint_of_no_use_is_an_error(tmp_path: Path, monkeypatch: pytest.M
         llm("http://127.0.0.1:9/v1", api_key_env="NO_SUCH_KEY").judge(*pairs(4))
 
 
-def test_one_question_that_always_fails_does_not_fail_those_that_are_kept(tmp_path: Path) -> None:
-    def rule(material: str) -> int:
-        if "card 7?" in material:
-            raise RuntimeError("fails on purpose")
-        return 10
+@pytest.mark.parametrize(("status", "failing"), [(400, 30), (500, 2)])
+def test_a_second_run_fares_as_the_first_with_questions_that_always_fail(
+    tmp_path: Path, status: int, failing: int
+) -> None:
+    """However many are refused, and a few that time out: the second asks only them, since the others are kept."""
+
+    class Filter(JudgeServer):
+        def _response(self, body: dict[str, Any]) -> Response:
+            if any(f"card {i}?" in body["messages"][-1]["content"] for i in range(failing)):
+                return JSONResponse({"error": {"message": "content filter"}}, status)
+            return super()._response(body)
 
     examples, completions = (list(column) for column in zip(*(text_pair(i, True) for i in range(40)), strict=True))
-    with running(JudgeServer(rule=rule)) as (url, _):
-        for asked, cached in ((40, 0), (1, 39)):
-            judging = llm(url, tmp_path).judge(examples, completions)
-            assert (judging.usage.asked, judging.usage.cached, judging.usage.unscored) == (asked, cached, 1)
-            assert "HTTP 500" in str(judging.judgements[7].score.reason)
-    with pytest.raises(ChatUnavailable):  # but an endpoint that is not there is an error, whatever is kept
+    price = {"usd_per_1m_prompt_tokens": 1, "usd_per_1m_completion_tokens": 1}
+    with running(Filter()) as (url, _):
+        for asked, cached in ((40, 0), (failing, 40 - failing)):
+            judging = llm(url, tmp_path, price=price).judge(examples, completions)
+            usage = judging.usage
+            assert (usage.asked, usage.cached, usage.failed, usage.unscored) == (asked, cached, failing, failing)
+            assert (usage.usd is None) == (cached > 0)  # nobody says what a request cost that was not answered
+            assert "HTTP" in str(judging.judgements[1].score.reason)
+        with pytest.raises((JudgeError, ChatUnavailable)):  # where nothing else is known, it is an error
+            llm(url).judge(examples[:failing], completions[:failing])
+    with running(JudgeServer(fail=(503,) * 999)) as (url, _), pytest.raises(ChatUnavailable):
+        # An outage is no verdict: the trial is to be repeated, not to end with rows unscored.
+        new, others = zip(*(text_pair(i, True) for i in range(40, 60)), strict=True)
+        llm(url, tmp_path).judge([*examples, *new], [*completions, *others])
+    with pytest.raises(ChatUnavailable):  # and so is an endpoint that is not there, whatever is kept
         llm(f"http://127.0.0.1:{free_port()}/v1", tmp_path).judge(examples, completions)
 
 
@@ -266,6 +284,71 @@ def test_a_file_that_is_no_cache_is_an_error_with_its_name_and_remedy(tmp_path: 
         VerdictCache(path / "below" / "c.sqlite").put({"k": Reply(text="x")})
     with pytest.raises(JudgeError, match="cannot be used"):
         VerdictCache(tmp_path).check()
+
+
+def as_nobody(path: Path, found: Any) -> None:
+    if os.getuid() == 0:  # whom no permission binds
+        os.setgid(65534)
+        os.setuid(65534)
+    for use in (lambda cache: cache.get(["k"]), lambda cache: cache.check()):
+        try:
+            found.put(str(use(VerdictCache(path))))
+        except JudgeError as error:
+            found.put(str(error))
+
+
+@pytest.mark.parametrize(("file", "folder"), [(0o444, 0o755), (0o666, 0o555)])
+def test_a_cache_that_cannot_be_written_is_found_before_it_is_needed(file: int, folder: int) -> None:
+    with tempfile.TemporaryDirectory() as there:
+        path = Path(there) / "c.sqlite"
+        VerdictCache(path).put({"k": Reply(text="RATING: 1")})
+        path.chmod(file)
+        Path(there).chmod(folder)
+        context = multiprocessing.get_context("fork")
+        found = context.Queue()
+        process = context.Process(target=as_nobody, args=(path, found))
+        process.start()
+        read, checked = found.get(timeout=60), found.get(timeout=60)
+        process.join(60)
+        Path(there).chmod(0o755)
+    assert "RATING: 1" in read and "make it writable" in checked
+
+
+def test_a_check_leaves_no_trace(tmp_path: Path) -> None:
+    cache = VerdictCache(tmp_path / "c.sqlite")
+    cache.check()
+    with closing(sqlite3.connect(cache.path)) as db:
+        assert db.execute("SELECT COUNT(*) FROM replies").fetchone() == (0,)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.sqlite"]
+
+
+def test_replies_in_hand_outlive_the_cache(tmp_path: Path) -> None:
+    """The file goes bad while the judge answers: the verdicts are given all the same, and it is said once."""
+    path = tmp_path / "verdicts.sqlite"
+
+    def rule(material: str) -> int:
+        path.write_bytes(b"something else altogether" * 100)
+        return 10
+
+    examples, completions = (list(column) for column in zip(*(text_pair(i, True) for i in range(8)), strict=True))
+    with running(JudgeServer(rule=rule)) as (url, _):
+        judge = llm(url, tmp_path)
+        with pytest.warns(RuntimeWarning, match="not kept") as said:
+            judging = judge.judge(examples, completions)
+    assert [j.score.value for j in judging.judgements] == [1.0] * 8 and len(said) == 1
+    assert "delete it" in str(said[0].message)
+
+
+def test_a_kept_reply_that_can_no_longer_be_read_is_asked_again(tmp_path: Path) -> None:
+    with running(JudgeServer()) as (url, _):
+        llm(url, tmp_path).judge(*pairs(8))
+        cache = VerdictCache(tmp_path / "verdicts.sqlite")
+        with closing(sqlite3.connect(cache.path)) as db:
+            keys = [key for (key,) in db.execute("SELECT key FROM replies")]
+        cache.put(dict.fromkeys(keys[:3], Reply(text="rating ~ seven")))  # as an earlier version may have read it
+        for asked, cached in ((3, 5), (0, 8)):
+            usage = llm(url, tmp_path).judge(*pairs(8)).usage
+            assert (usage.asked, usage.cached, usage.unscored) == (asked, cached, 0)
 
 
 def test_damage_never_becomes_a_verdict(tmp_path: Path) -> None:
