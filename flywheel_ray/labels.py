@@ -116,7 +116,7 @@ class LabelFile(Value):
             label.example_id for label in self.labels().values() if label.metric == metric and label.trial in whole
         }
         if (sample := self.samples().get(scored.key)) is not None:
-            own = {label.example_id for label in self.labels().values() if label.trial == scored.key}
+            own = {example for name, trial, example, _ in self.labels() if (name, trial) == (metric, scored.key)}
             order = sample_order(sample.dataset, fitting, sample.seed)
             counted.update(order[: max((i for i, example in enumerate(order, 1) if example in own), default=0)])
         return {example: sum(by.values()) / len(by) for example, by in fitting.items() if example in counted}

@@ -312,6 +312,8 @@ def test_several_judged_metrics_are_told_apart(tmp_path: Path, examples: Dataset
     found = re.search(rf"flywheel (label \w+ --n (\d+) --metric {SIMILARITY})", shown)
     assert found and int(found[2]) == min(50, len(mixed) // 2)
     assert "3 of 3 rows" in run(tmp_path, *label, "--n", "3").output
+    append(path, Label(trial=KEY, example_id="elsewhere", metric=SIMILARITY, value=1, labeler="ana"))
+    assert "3 of 4 rows" in run(tmp_path, *label, "--n", "4").output
 
 
 def test_what_was_not_answered_is_wrong(tmp_path: Path, examples: Dataset) -> None:

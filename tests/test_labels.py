@@ -203,6 +203,7 @@ def test_different_answers_share_none_and_half_a_sample_waits_for_the_rest() -> 
         }
     )
     assert half.of(mute, "similarity") == dict.fromkeys(same, 1.0)
+    assert file_of(*given_of(one, different, with_answer=False)).fitting(mute, "similarity") == {}
 
 
 def test_a_sitting_that_was_broken_off_counts_as_far_as_it_came() -> None:
@@ -213,7 +214,6 @@ def test_a_sitting_that_was_broken_off_counts_as_far_as_it_came() -> None:
     sample = {"type": "sample", "dataset": one.fingerprint, "trial": "u", "seed": 0, "population": len(order)}
     found = file_of(*given_of(one, order), sample, *given_of(other, differing[:3], 0.0))
     # Three labels of rows that differ are no random sample; with the rows before them that agree they are.
-    assert list(found.of(other, "similarity")) != differing[:3]
     reached = order[: order.index(differing[2]) + 1]
     assert set(found.of(other, "similarity")) == set(reached) and len(reached) > 3
     assert sample_gaps(found.of(other, "similarity"), order) == 0
@@ -226,6 +226,14 @@ def test_a_skip_takes_back_a_label_that_came_from_another_trial() -> None:
     skip = {"type": "skip", "trial": "u", "example_id": ids[0], "metric": "similarity", "labeler": "ana"}
     found = file_of(*given_of(one, ids), skip)
     assert found.of(other, "similarity") == {ids[1]: 1.0} and found.of(one, "similarity") == dict.fromkeys(ids, 1.0)
+
+
+def test_of_repeated_answers_the_first_is_labelled() -> None:
+    one, other = trial("t", right=1.0), trial("u", right=0.0)
+    again = tuple(o.model_copy(update={"repeat": 1}) for o in other.outcomes)
+    assert answers_of(one.model_copy(update={"outcomes": one.outcomes + again})) == answers_of(one)
+    id = one.outcomes[0].example_id
+    assert answers_of(one, {id}) == {id: answers_of(one)[id]}
 
 
 def test_the_hash_of_an_answer_is_of_text_and_calls_alone() -> None:
