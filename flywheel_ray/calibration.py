@@ -25,6 +25,7 @@ from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLIN
 from flywheel_ray.stats import (
     Interval,
     ScoreMean,
+    cluster_codes,
     mcnemar_exact,
     mean_interval,
     paired_difference,
@@ -175,9 +176,9 @@ def prediction_powered_mean(
     2002, Survey Methodology 28:169), with Student's t for the conversations that have a label. For the variance half a
     row is added in each of the four cells of label × verdict (Agresti and Min 2005, Statistics in Medicine 24:729), in
     clusters the labels of half a conversation, and less of it where labels are spread less than 0/1 ones; how much less
-    was chosen by simulation. And the interval has
-    Wilson's shape at the effective sample size (Korn and Graubard 1998, Survey Methodology 24:193), so it stays in
-    [0, 1] and never has zero width. With a useless judge it is the labels' own interval.
+    was chosen by simulation. And the interval has Wilson's shape at the effective sample size (Korn and Graubard 1998,
+    Survey Methodology 24:193), so it stays in [0, 1] and never has zero width. With a useless judge it is the labels'
+    own interval.
 
     Args:
         verdicts: N values in [0, 1], None (or NaN) where unreadable.
@@ -198,7 +199,7 @@ def prediction_powered_mean(
     n, rest = int(known.sum()), int((~known).sum())
     if n == 0:
         raise ValueError("without a label nothing can be debiased")
-    groups = _codes(clusters, y.size)
+    groups = cluster_codes(clusters, y.size)
     gold = score_mean(y[known].tolist(), None if clusters is None else groups[known].tolist())
     with_label = np.unique(groups[known]).size
     if n < MIN_LABELS or not rest or with_label < 2 or not readable.any():
@@ -386,7 +387,7 @@ def cohens_kappa(
     kappa = (observed - chance) / (1 - chance)
     terms = weights[i, j] * (1 - chance) - ((weights @ column)[i] + (row @ weights)[j]) * (1 - observed)
     terms = (terms - terms.mean()) / (1 - chance) ** 2 / n
-    groups = _codes(clusters, n)
+    groups = cluster_codes(clusters, n)
     count = int(groups.max()) + 1
     squares = float(np.sum(np.bincount(groups, weights=terms) ** 2))
     if count < 2 or squares < _FLAT**2:
@@ -460,7 +461,7 @@ def stratified_difference(
     v, x = np.asarray(values, dtype=float), np.asarray(exposed, dtype=float)
     if not v.size:
         return None
-    layer = _codes(strata, v.size)
+    layer = cluster_codes(strata, v.size)
     size = np.bincount(layer)
     within = x - (np.bincount(layer, weights=x) / size)[layer]
     total = float(within @ within)
@@ -468,7 +469,7 @@ def stratified_difference(
         return None
     difference = float(within @ v) / total
     residuals = v - (np.bincount(layer, weights=v) / size)[layer] - difference * within
-    groups = _codes(clusters, v.size)
+    groups = cluster_codes(clusters, v.size)
     count = int(groups.max()) + 1
     squares = float(np.sum(np.bincount(groups, weights=within * residuals) ** 2)) / total**2
     if count < 2 or squares < _FLAT**2:
@@ -653,13 +654,3 @@ def _numbers(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     if isinstance(values, np.ndarray):
         return values.astype(float)
     return np.asarray([np.nan if v is None else v for v in values], dtype=float)
-
-
-def _codes(names: Sequence[Hashable] | None, n: int) -> np.ndarray:
-    """Names as 0 … G−1, in first-seen order; shape (n,)."""
-    if names is None:
-        return np.arange(n)
-    if len(names) != n:
-        raise ValueError(f"{len(names)} names for {n} rows")
-    index: dict[Hashable, int] = {}
-    return np.asarray([index.setdefault(name, len(index)) for name in names], dtype=int)

@@ -126,7 +126,7 @@ def score_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = No
         raise ValueError("the mean of no values has no interval")
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError("scores lie in [0, 1]")
-    effective, df = _effective(x, _groups(clusters, x.size))
+    effective, df = _effective(x, cluster_codes(clusters, x.size))
     if not _are_binary(x):
         p = (float(x.sum()) + 0.5) / (x.size + 1)
         variance = (float(np.sum((x - p) ** 2)) + 0.5 * (p**2 + (1 - p) ** 2)) / (x.size + 1)
@@ -188,7 +188,7 @@ def non_inferiority(
         raise ValueError(f"{len(a)} and {len(b)} scores do not make pairs")
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     d = x - y
-    mean, groups = float(d.mean()), _groups(clusters, d.size)
+    mean, groups = float(d.mean()), cluster_codes(clusters, d.size)
     if bool((y == y[0]).all()):
         found = score_mean(a, clusters)
         interval, p = found.interval(confidence).shifted(-float(y[0])), found.p_value(float(y[0]) - margin)
@@ -305,7 +305,7 @@ def pairs_needed(
 def design_effect(values: Sequence[float], clusters: Sequence[Hashable] | None) -> float:
     """How many clustered values tell as much as one independent one; at least 1. Source: Kish 1965, Survey Sampling."""
     x = np.asarray(values, dtype=float)
-    return x.size / _effective(x, _groups(clusters, x.size))[0]
+    return x.size / _effective(x, cluster_codes(clusters, x.size))[0]
 
 
 def sample_ratio_p_value(counts: Sequence[int], weights: Sequence[float]) -> float:
@@ -380,14 +380,18 @@ def _are_binary(x: np.ndarray) -> bool:
     return bool(((x == 0) | (x == 1)).all())
 
 
-def _groups(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
-    """Cluster labels as 0 … G−1, in first-seen order; shape (n,)."""
+def cluster_codes(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
+    """Cluster labels as 0 … G−1, in first-seen order; shape (n,). None: each value is its own.
+
+    Raises:
+        ValueError: there are not n labels.
+    """
     if clusters is None:
         return np.arange(n)
     if len(clusters) != n:
         raise ValueError(f"{len(clusters)} cluster labels for {n} values")
     index: dict[Hashable, int] = {}
-    return np.asarray([index.setdefault(label, len(index)) for label in clusters])
+    return np.asarray([index.setdefault(label, len(index)) for label in clusters], dtype=int)
 
 
 def _effective(x: np.ndarray, groups: np.ndarray) -> tuple[float, float | None]:
