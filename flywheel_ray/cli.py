@@ -242,7 +242,7 @@ def _print_board(board: Leaderboard) -> None:
     console.print(
         f"{board.verdict}\njudge: {board.judge or 'none'}\np: of being worse than the teacher by {board.margin:.0%} or "
         "more, adjusted for the number of candidates\n* nothing is both better and cheaper, "
-        "† a cheaper one is surely no worse by the margin",
+        "† a cheaper one is shown to be no worse by the margin",
         highlight=False,
     )
 
@@ -371,7 +371,8 @@ def _print_rollout(rollout: Rollout, found: RolloutReport) -> None:
             always = found_metric.sequence
             table.add_row(
                 metric,
-                f"{_interval(found_metric.interval)}, at any time [{always.low:.3f}, {always.high:.3f}], n {always.n}",
+                f"{_interval(found_metric.interval)}, at any time [{always.low:.3f}, {always.high:.3f}], n {always.n}"
+                f" of {found_metric.interval.n}",
             )
         if arm.latency:
             speed = arm.latency

@@ -210,7 +210,7 @@ def _leaderboard(board: Leaderboard) -> Html:
             "p",
             "▼ ranks. Each score has its interval and the n rows behind it; unscored rows are in no mean. p: of being "
             "worse than the teacher by the margin or more, adjusted for the number of candidates; unanswered counts as "
-            "wrong. ● nothing is both better and cheaper; ○ a cheaper one is surely no worse by the margin.",
+            "wrong. ● nothing is both better and cheaper; ○ a cheaper one is shown to be no worse by the margin.",
             class_="quiet",
         ),
         el("div", el("table", el("thead", el("tr", *titles)), el("tbody", *rows)), class_="scroll"),

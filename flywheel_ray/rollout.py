@@ -394,6 +394,8 @@ def decide(arm: ArmReport, gates: Gates) -> Decision:
     if (found := arm.agreement.get(gates.metric)) is None:
         return say("hold", f"no pair to score by {gates.metric}: {_nothing(arm)}")
     floor, seen, evidence = 1 - gates.margin, found.sequence, found.evidence
+    if not seen.n:
+        return say("hold", f"no conversation has ended yet: {evidence.open_pairs} pairs wait")
     ceiling = floor if gates.rollback_margin is None else 1 - gates.rollback_margin
     figures = (
         f"{gates.metric} {seen.estimate:.3f} in [{seen.low:.3f}, {seen.high:.3f}] over {seen.n} pairs of "
@@ -428,7 +430,9 @@ def _arm_report(
     rollout: Rollout, arm: Arm, logged: Sequence[Record], pairs: Sequence[Pair], as_of: float | None
 ) -> ArmReport:
     mine = sorted((r for r in logged if r.arm == arm.name), key=_arrival)
-    settled = None if as_of is None else as_of - arm.patience_s - rollout.teacher.timeout_s
+    settled = None  # without an idle time the look is at the end, when all is there
+    if as_of is not None and rollout.gates.idle_s is not None:
+        settled = as_of - arm.patience_s - rollout.teacher.timeout_s
     copies = [r for r in mine if r.shadow]
     live = [r for r in mine if not r.shadow]
     asked = [r for r in mine if r.error not in DROPS]

@@ -358,8 +358,13 @@ def test_what_may_still_go_on_or_arrive_is_not_counted_yet():
     # One request a second: the last 300 could still be answered when the slowest copy of them has arrived.
     assert (seen(last + patience).open_pairs, seen(last + patience).difference.n) == (300, 300)
     now = report(config, logs, last).arm("arm0")
-    assert decide(now, config.gates).reason.endswith("50 pairs are needed; 600 wait for their conversations to end")
+    assert decide(now, config.gates).reason == "no conversation has ended yet: 600 pairs wait"
+    early = report(config, logs, last + patience - 260).arm("arm0")
+    assert decide(early, config.gates).reason.endswith("50 pairs are needed; 560 wait for their conversations to end")
     assert seen(last + patience + config.gates.idle_s).decision == "promote"
+    # One look at the end needs no waiting.
+    end = rollout(0.0, gates={"idle_s": None})
+    assert report(end, logs, last).arm("arm0").agreement[FUNCTION_NAME_AND_ARGS].evidence.decision == "promote"
 
 
 def test_users_who_open_with_the_same_words_are_told_apart():
