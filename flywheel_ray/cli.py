@@ -22,6 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flywheel_ray import __version__
+from flywheel_ray.breakdown import Breakdown, breakdown
 from flywheel_ray.cli_data import dataset_app, logs_app, prepared, show_counts
 from flywheel_ray.cli_judge import judge_app, label
 from flywheel_ray.config import Places, SweepConfig, load
@@ -217,6 +218,61 @@ def leaderboard_command(
         print_json(board.model_dump(mode="json"))
     else:
         _print_board(board)
+
+
+@app.command("breakdown")
+def breakdown_command(
+    trial: Annotated[
+        str | None,
+        typer.Argument(help="A trial by the beginning of its key. Default: the leaderboard's winner or first."),
+    ] = None,
+    fingerprint: FingerprintOption = None,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where a trial's tool calls go wrong: by tool, by argument, what was called instead, and calling at all."""
+    places = places_of(runs, None)
+    ledger = Ledger(places.ledger)
+    if trial is None:
+        board = _board(places, fingerprint)
+        trial = board.winner or (board.rows[0].key if board.rows else "")
+    scored = ledger.find(trial)
+    examples = {e.id: e for e in load_dataset(places.datasets / scored.fingerprint).eval}
+    answered = [(examples[o.example_id], o.completion) for o in scored.outcomes if o.completion is not None]
+    strictness = (ledger.sweep(scored.fingerprint) or {}).get("config", {}).get("strictness", "exact")
+    found = breakdown(((e.reference, e.tools, completion) for e, completion in answered), strictness)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        _print_breakdown(scored, found)
+
+
+def _print_breakdown(scored: Scored, found: Breakdown) -> None:
+    console = wide()
+    console.print(f"{scored.candidate.label} ({scored.key[:8]}), {found.n} answers", highlight=False)
+    tools = [(t.tool, t.n, t.right_name, t.right_args) for t in found.tools]
+    console.print(_table("calls wanted", ("tool", "n", "called", "with right arguments"), tools))
+    wrong = [(a.tool, a.path, a.n, a.wrong, a.missing, a.extra, a.wrong_type) for a in found.arguments if a.right < a.n]
+    console.print(_table("arguments", ("tool", "argument", "n", "wrong", "missing", "extra", "wrong type"), wrong))
+    confused = [(c.wanted, c.called, c.n) for c in found.confusion if c.wanted != c.called]
+    console.print(_table("called instead", ("wanted", "called", "n"), confused))
+    a = found.abstention
+    console.print(
+        f"a call was wanted: {a.wanted_called} called, {a.wanted_not_called} did not; none was wanted: "
+        f"{a.not_wanted_not_called} abstained, {a.not_wanted_called} called; {found.malformed} calls were malformed",
+        highlight=False,
+    )
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Table | str:
+    if not rows:
+        return f"{title}: none"
+    table = Table(title=title, title_justify="left")
+    for name, value in zip(head, rows[0], strict=True):
+        table.add_column(name, justify="right" if isinstance(value, int) else "left")
+    for row in rows:
+        table.add_row(*(escaped(str(value)) for value in row))
+    return table
 
 
 def _print_board(board: Leaderboard) -> None:

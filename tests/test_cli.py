@@ -172,6 +172,23 @@ def test_a_student_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_trial_is_broken_down(tmp_path: Path) -> None:
+    examples = dataset(200)
+    examples.save(tmp_path / "datasets")
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.put(scored(examples, right=0.8, key="abc12345"))
+    ledger.put(scored(examples, right=0.5, key="def67890"))
+    n, right = len(examples.eval), round(len(examples.eval) * 0.8)
+    best = json.loads(flywheel(tmp_path, "breakdown", "--json").stdout)
+    assert best["tools"] == [{"tool": "route", "n": n, "right_name": n, "right_args": right}]
+    assert [(a["path"], a["wrong"]) for a in best["arguments"]] == [("queue", n - right)]
+    shown = flywheel(tmp_path, "breakdown", "def")
+    assert shown.returncode == 0, shown.stderr
+    for words in ("def67890", f"{n} answers", "queue", "called instead: none", f"a call was wanted: {n} called"):
+        assert words in shown.stdout
+    refused(flywheel(tmp_path, "breakdown", "zzz"), "zzz", "flywheel leaderboard")
+
+
 def test_leaderboard_of_a_ledger(tmp_path: Path) -> None:
     examples = dataset(200)
     examples.save(tmp_path / "datasets")
