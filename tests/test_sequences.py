@@ -13,6 +13,7 @@ from flywheel_ray.sequences import (
     bounds,
     close,
     confidence_sequence,
+    decide,
     log_e_process,
     sample_ratio_e_value,
     weigh,
@@ -158,7 +159,9 @@ def test_harder_long_conversations_make_no_false_promotions(long: int, share: fl
         sizes = np.where(rng.random(1500) < share, long, 1)
         labels = np.repeat(np.arange(1500), sizes)
         wrong = (sizes[labels] > 1) & (rng.random(labels.size) < 0.02 / share)
-        promoted += weigh(close((-wrong.astype(float)).tolist(), labels.tolist()), 0.02, high=0.0).decision == "promote"
+        promoted += (
+            decide(close((-wrong.astype(float)).tolist(), labels.tolist()), 0.02, high=0.0).decision == "promote"
+        )
     assert promoted <= 200 * 0.05
 
 
@@ -188,7 +191,7 @@ def test_wrong_decisions_are_rare_under_a_look_at_every_pair(clustered: bool) ->
             values = fate[labels].tolist()
         else:
             values, labels = drawn(rng, 1500, -0.02, 0.3), np.arange(1500)
-        found = weigh(close(values, labels.tolist()), 0.02, confidence=0.9)
+        found = decide(close(values, labels.tolist()), 0.02, confidence=0.9)
         promoted += found.decision == "promote"
         rolled_back += found.decision == "roll_back"
     assert promoted / runs <= 0.1 and rolled_back / runs <= 0.1
@@ -196,8 +199,8 @@ def test_wrong_decisions_are_rare_under_a_look_at_every_pair(clustered: bool) ->
 
 def test_equal_models_are_promoted_and_worse_ones_are_sent_back() -> None:
     rng = np.random.default_rng(5)
-    equal = [weigh(close(drawn(rng, 5000, 0.0, 0.09)), 0.02).decision for _ in range(60)]
-    worse = [weigh(close(drawn(rng, 5000, -0.03, 0.09)), 0.02, 0.0).decision for _ in range(60)]
+    equal = [decide(close(drawn(rng, 5000, 0.0, 0.09)), 0.02).decision for _ in range(60)]
+    worse = [decide(close(drawn(rng, 5000, -0.03, 0.09)), 0.02, 0.0).decision for _ in range(60)]
     assert equal.count("promote") >= 55 and equal.count("roll_back") == 0
     assert worse.count("roll_back") >= 57
 
