@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 
 from flywheel_ray.datasets import NO_TOOL
 from flywheel_ray.records import Completion, ToolCall
@@ -164,6 +163,8 @@ class _Counts:
             return
         if not wanted or not called:
             return
+        from scipy.optimize import linear_sum_assignment  # slow to load, and rarely needed
+
         costs = np.array([[_MALFORMED if c is None else _distance(w, c) for c in called] for w in wanted])
         for i, j in zip(*linear_sum_assignment(costs), strict=True):
             yield wanted[i], called[j]
