@@ -19,9 +19,9 @@ import numpy as np
 from scipy import special
 
 from flywheel_ray.errors import LedgerError
-from flywheel_ray.judge import PREFERENCE, Verdict
+from flywheel_ray.judge import JUDGED, Verdict
 from flywheel_ray.results import Outcome, Scored
-from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
+from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, TOOL_CALLING_CORRECTNESS
 from flywheel_ray.stats import (
     Interval,
     ScoreMean,
@@ -347,7 +347,7 @@ def program_labels(results: Iterable[Scored]) -> dict[RowId, float]:
 
 def judged_metrics(scored: Scored) -> tuple[str, ...]:
     """The metrics of a trial that come from its judge, in first-seen order."""
-    return tuple(metric for metric in scored.metrics() if metric in (TOOL_CALLING_CORRECTNESS, SIMILARITY, PREFERENCE))
+    return tuple(metric for metric in scored.metrics() if metric in JUDGED)
 
 
 def cohens_kappa(

@@ -35,6 +35,9 @@ JUDGE_VERSION = "2"
 PREFERENCE = "preference"
 """The pairwise metric: 1 where the candidate is better, 0.5 for a tie, 0 where the reference is better."""
 
+JUDGED = (TOOL_CALLING_CORRECTNESS, SIMILARITY, PREFERENCE)
+"""Metrics that a judge gives: an opinion, until labels say how good it is."""
+
 Messages = list[dict[str, Any]]
 Mode = Literal["absolute", "pairwise"]
 Form = Literal["json_schema", "text"]

@@ -19,10 +19,10 @@ from pydantic import Field
 
 from flywheel_ray.datasets import Example
 from flywheel_ray.errors import LedgerError
-from flywheel_ray.judge import PREFERENCE
+from flywheel_ray.judge import JUDGED, PREFERENCE
 from flywheel_ray.records import TEACHER, Completion
 from flywheel_ray.results import Cost, Failed, Outcome, Price, Scored, cost_of
-from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
+from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY
 from flywheel_ray.stats import (
     Interval,
     ScoreMean,
@@ -34,9 +34,6 @@ from flywheel_ray.stats import (
     pairs_needed,
 )
 from flywheel_ray.values import Value
-
-JUDGED = (SIMILARITY, TOOL_CALLING_CORRECTNESS, PREFERENCE)
-"""Metrics that a judge gives: an opinion, until labels say how good it is."""
 
 POWER = 0.8
 """Probability of a verdict on as many records as a leaderboard asks for."""
@@ -140,20 +137,20 @@ def leaderboard(
     ]
     tested = [row for row in rows if row.p_value is not None]
     adjusted = dict(zip([row.key for row in tested], holm([row.p_value or 0.0 for row in tested]), strict=True))
+    by_key, costs = {r.key: r for r in scored}, _prices(rows)
+    front = _front(rows, costs)
     rows = [
         row.model_copy(
             update={
                 "p_value": adjusted.get(row.key),
-                "pareto": _on_front(row, rows),
-                "dominated_by": _dominated_by(row, rows, {r.key: r for r in scored}, metric, margin, confidence)
-                if trusted
-                else None,
+                "pareto": row.key in front,
+                "dominated_by": _dominated_by(row, costs, by_key, metric, margin, confidence) if trusted else None,
             }
         )
         for row in rows
     ]
     rows.sort(key=lambda r: (-(r.quality.estimate if r.quality else -1.0), r.cost.usd_per_1000 or 0.0, r.key))
-    found = _recommend(rows, {r.key: r for r in scored}, metric, margin, confidence)
+    found = _recommend(rows, by_key, metric, margin, confidence)
     judges = list(dict.fromkeys(r.judge for r in scored))
     return Leaderboard(
         fingerprint=fingerprints.pop(),
@@ -261,32 +258,31 @@ def _priced(rows: Sequence[Row]) -> bool:
     return all(row.cost.usd_per_1000 is not None for row in rows)
 
 
-def _price(row: Row, rows: Sequence[Row]) -> float | None:
-    """What makes a row cheap among these."""
-    return row.cost.usd_per_1000 if _priced(rows) else row.cost.latency_p50_s
+def _prices(rows: Sequence[Row]) -> dict[str, float]:
+    """What makes each of these rows cheap, by key; those without a figure are left out."""
+    priced = _priced(rows)
+    prices = {row.key: row.cost.usd_per_1000 if priced else row.cost.latency_p50_s for row in rows}
+    return {key: price for key, price in prices.items() if price is not None}
 
 
-def _on_front(row: Row, rows: Sequence[Row]) -> bool:
-    def point(r: Row) -> tuple[float, float] | None:
-        price = _price(r, rows)
-        return None if r.quality is None or price is None else (r.quality.estimate, -price)
-
-    mine = point(row)
-    others = [p for r in rows if (p := point(r)) is not None]
-    if mine is None:
-        return False
-    return not any(p != mine and p[0] >= mine[0] and p[1] >= mine[1] for p in others)
+def _front(rows: Sequence[Row], prices: Mapping[str, float]) -> set[str]:
+    """Keys of the rows that no other row is both better and cheaper than, as measured."""
+    points = {r.key: (r.quality.estimate, -prices[r.key]) for r in rows if r.quality and r.key in prices}
+    return {
+        key
+        for key, mine in points.items()
+        if not any(p != mine and p[0] >= mine[0] and p[1] >= mine[1] for p in points.values())
+    }
 
 
 def _dominated_by(
-    row: Row, rows: Sequence[Row], results: Mapping[str, Scored], metric: str, margin: float, confidence: float
+    row: Row, prices: Mapping[str, float], results: Mapping[str, Scored], metric: str, margin: float, confidence: float
 ) -> str | None:
     """The cheapest row that makes this one pointless: by an interval on paired examples, so noise dominates nobody."""
-    mine = _price(row, rows)
-    if mine is None or row.quality is None:
+    if row.key not in prices or row.quality is None:
         return None
-    prices = sorted((p, r.key) for r in rows if r.key != row.key and (p := _price(r, rows)) is not None and p <= mine)
-    for price, key in prices:
+    mine = prices[row.key]
+    for price, key in sorted((price, key) for key, price in prices.items() if key != row.key and price <= mine):
         found = _between(results[key], results[row.key], metric, confidence)
         if found and (found.low > 0 or (price < mine and found.low >= -margin)):
             return key
@@ -322,19 +318,19 @@ def _recommend(
         return Recommendation(status="none", verdict="No candidate was scored.")
     tested = [r for r in ranked if r.p_value is not None]
     unknown = len(ranked) - len(tested)
-    label = "Label rows (`flywheel label`, `flywheel judge calibrate`), or set `leaderboard: {trust_judge: true}`."
     if not tested:
         return Recommendation(
             status="uncalibrated_judge",
-            verdict=f"No winner is named: {metric} is a judge's opinion, and no labels say how good it is. {label}",
+            verdict=f"No winner is named: {metric} is a judge's opinion, and no labels say how good it is. Label rows "
+            "(`flywheel label`, `flywheel judge calibrate`), or set `leaderboard: {trust_judge: true}`.",
         )
     waiting = f" {unknown} more without enough labels were not considered." if unknown else ""
     ranked = tested
     bar, alpha = teacher_score(metric) - margin, (1 - confidence) / 2
     good = [r for r in ranked if r.p_value is not None and r.p_value <= alpha]
     if good:
-        prices = {r.key: _price(r, good) for r in good}
-        best = min(good, key=lambda r: (prices[r.key] is None, prices[r.key] or 0.0))
+        prices = _prices(good)
+        best = min(good, key=lambda r: prices.get(r.key, math.inf))
         most = "cheapest" if _priced(good) else "fastest"
         cheapest = f" (the {most} of {len(good)} that are)" if len(good) > 1 else ""
         return Recommendation(

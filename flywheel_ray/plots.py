@@ -23,7 +23,7 @@ from flywheel_ray.errors import FlywheelError
 from flywheel_ray.leaderboard import Leaderboard, Row, teacher_score
 from flywheel_ray.results import Failed, LossPoint, Scored
 from flywheel_ray.rollout import Gates
-from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS, SIMILARITY, TOOL_CALLING_CORRECTNESS
+from flywheel_ray.scoring import FUNCTION_NAME_AND_ARGS
 from flywheel_ray.sequences import bounds, close
 from flywheel_ray.stats import Interval, mean_interval
 
@@ -71,7 +71,6 @@ WORDS: Mapping[str, str] = {
     "exact_text": "same text",
 }
 """Metrics as a reader says them."""
-JUDGED = (TOOL_CALLING_CORRECTNESS, SIMILARITY)
 
 
 def quality(board: Leaderboard) -> Figure:

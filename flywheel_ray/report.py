@@ -24,6 +24,7 @@ from typing import Any
 from flywheel_ray import __version__, plots
 from flywheel_ray.datasets import SPLITS, Dataset, Example
 from flywheel_ray.errors import LedgerError
+from flywheel_ray.judge import JUDGED
 from flywheel_ray.leaderboard import Leaderboard, Row, teacher_score
 from flywheel_ray.records import Completion, content_text
 from flywheel_ray.results import Failed, Scored
@@ -167,7 +168,7 @@ def _tiles(board: Leaderboard, row: Row | None, live: RolloutReport | None, gate
         tiles.append(_tile("cost against the teacher", cost_ratio(mine, theirs), figures))
         measured = f"p95 {_seconds(row.cost.latency_p95_s)}; the teacher {_seconds(teacher.latency_p50_s)} by its logs"
         tiles.append(_tile("median latency, offline", _seconds(row.cost.latency_p50_s), measured))
-    judged = {m: i for m, i in row.scores.items() if i and m in plots.JUDGED} if row else {}
+    judged = {m: i for m, i in row.scores.items() if i and m in JUDGED} if row else {}
     said = "; ".join(f"{plots.words(m)} {_percent(i.estimate)}" for m, i in judged.items())
     tiles.append(_tile("judge", board.judge or "none", said or "no judged score", words=True))
     if live is None:
